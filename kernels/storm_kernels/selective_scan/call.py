@@ -1,0 +1,74 @@
+"""A validated call of the scan, in the one form that every implementation receives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanCall:
+    """Operands whose shapes and dtypes `api.selective_scan` has checked.
+
+    Attributes:
+        u, delta, z: [batch, length, channels], or [batch, channels, length] in layout "bdl";
+            z may be None.
+        A: [channels, state].
+        B, C: [batch, length, groups, state], the group axis always there.
+        D, delta_bias: [channels] or None.
+        initial_state: [batch, channels, state], zeros where the caller gave none.
+        segment_ids: int32 [batch, length] or None.
+        delta_softplus, reverse, layout, chunk_size: as in the public signature.
+    """
+
+    u: jax.Array
+    delta: jax.Array
+    A: jax.Array
+    B: jax.Array
+    C: jax.Array
+    D: jax.Array | None
+    z: jax.Array | None
+    delta_bias: jax.Array | None
+    initial_state: jax.Array
+    segment_ids: jax.Array | None
+    delta_softplus: bool
+    reverse: bool
+    layout: str
+    chunk_size: int | None
+
+    @property
+    def accumulation_dtype(self) -> jnp.dtype:
+        """float32; float64 where an operand is float64 (which needs jax_enable_x64)."""
+        return self.initial_state.dtype
+
+    @property
+    def length(self) -> int:
+        return self.B.shape[1]
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes over which x varies; empty outside `jax.shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def promote_varying(call: ScanCall) -> ScanCall:
+    """Makes every operand vary over each manual mesh axis over which any of them varies.
+
+    Inside `jax.shard_map` the loops of a scan need carries of one varying type, and a custom
+    backward must return gradients of its primals' types. Weights usually are the same on every
+    shard of a batch axis while u is not. The transpose of this cast is the `psum` over the shards
+    that a weight's gradient needs. Outside `shard_map` nothing happens.
+    """
+    arrays = {
+        field.name: getattr(call, field.name)
+        for field in dataclasses.fields(call)
+        if isinstance(getattr(call, field.name), jax.Array)
+    }
+    axes = frozenset().union(*(varying_axes(x) for x in arrays.values()))
+    cast = {
+        name: lax.pcast(x, tuple(sorted(axes - varying_axes(x))), to="varying")
+        for name, x in arrays.items()
+        if axes - varying_axes(x)
+    }
+    return dataclasses.replace(call, **cast)

@@ -1,0 +1,50 @@
+"""storm_jax: two packages from two source roots, storm_jax/ and kernels/storm_kernels/."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.*)"', (here / "storm_jax/__init__.py").read_text())[1]
+
+setup(
+    name="storm_jax",
+    version=version,
+    description="Long-video language models in JAX: STORM (arXiv 2503.04130) for TPU and GPU",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["storm_jax", "storm_jax.*"]) + find_packages("kernels"),
+    package_dir={"storm_kernels": "kernels/storm_kernels"},
+    install_requires=[
+        "absl-py>=2.1",
+        "av>=15.1",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.4",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",  # writes and reads ArrayRecord without TensorFlow
+        "tqdm>=4.66",
+        "transformers>=5.13",  # tokenizers and configurations; PyTorch is not needed
+    ],
+    extras_require={
+        # jax-triton 0.4.1 needs Python 3.12 and does not lower on jax 0.12.0.1
+        "cuda": ["jax[cuda13]>=0.11,<0.12", "jax-triton>=0.4.1", "triton>=3.7"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "torch": ["torch==2.13.0"],
+        "test": [
+            "hypothesis>=6.100",
+            "matplotlib>=3.9",
+            "pyrefly>=1.0",
+            "pytest>=8.3",
+            "ruff>=0.15",
+            "torch==2.13.0",
+        ],
+    },
+)

@@ -1,0 +1,157 @@
+"""Checkpoints: state, position in the data, configuration and layout version, saved together.
+
+A workdir holds `checkpoints/<step>/`, written by Orbax in the background, and `tokenizer/`. The
+position in the data is the step: every global batch follows from it (`data.pipeline`).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from storm_jax.config import CheckpointConfig, RunConfig, from_mapping
+from storm_jax.models.storm import Params
+from storm_jax.training.state import TrainState
+
+LAYOUT = 1  # raised when the tree of parameters changes; older ones are then upgraded on reading
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or does not fit; the message names it and the remedy."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest `keep` of them."""
+
+    def __init__(self, workdir: str | Path, config: CheckpointConfig):
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.every = config.every
+        policies = ocp.training
+        self._orbax = ocp.training.Checkpointer(
+            self.folder,
+            save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.preservation_policies.LatestN(config.keep),
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        found = self._orbax.latest
+        return None if found is None else found.step
+
+    def save(self, state: TrainState, step: int, run: RunConfig) -> None:
+        """Starts saving; returns when the arrays are copied from the devices."""
+        if self.latest() == step:
+            return
+        about = {"layout": LAYOUT, "step": step, "config": dataclasses.asdict(run)}
+        self._orbax.save_checkpointables_async(step, {"state": state}, custom_metadata=about)
+
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """The state at `step`, laid out as `abstract` says, which may be another mesh.
+
+        Raises:
+          CheckpointError: the checkpoint holds other parameters; the first difference is named.
+        """
+        where = f"checkpoint {self.folder / str(step)}"
+        saved = self._orbax.checkpointables_metadata(step).metadata["state"]
+        # Orbax names the fields of a NamedTuple; both sides as nested dicts.
+        check_same(saved["params"], abstract.params, where)
+        try:
+            return self._orbax.load_checkpointables(step, {"state": abstract})["state"]
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{where} has another optimizer state than this run: train.optimizer.rates freezes"
+                " other parts, or the optimizer changed. To start a new stage from its parameters,"
+                " use another --workdir and --config.init_from.all"
+            ) from error
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._orbax.close()
+
+
+def find(path: str | Path) -> tuple[Path, int]:
+    """The folder of checkpoints and the step that `path` names: a workdir, or one checkpoint in it.
+
+    Raises:
+      CheckpointError: there is no complete checkpoint.
+    """
+    path = Path(path).absolute()
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        folder, step = path.parent, int(path.name)
+    else:
+        folder, step = path / "checkpoints", None
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no checkpoint at {path}: give a training workdir, or one folder of its checkpoints/"
+        )
+    with ocp.training.Checkpointer(folder) as orbax:
+        steps = [c.step for c in orbax.checkpoints]
+    if not steps or (step is not None and step not in steps):
+        raise CheckpointError(f"no complete checkpoint at {path}; complete steps there: {steps}")
+    return folder, max(steps) if step is None else step
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """The configuration that a checkpoint was trained with."""
+    folder, step = find(path)
+    with ocp.training.Checkpointer(folder) as orbax:
+        about = orbax.checkpointables_metadata(step).custom_metadata
+    if about["layout"] != LAYOUT:
+        raise CheckpointError(
+            f"checkpoint {folder / str(step)} has layout version {about['layout']}, this storm_jax"
+            f" reads version {LAYOUT}"
+        )
+    return from_mapping(RunConfig, json.loads(json.dumps(about["config"])))
+
+
+def load_params(path: str | Path, abstract: Params) -> Params:
+    """Parameters alone, or the parts of them that `abstract` names.
+
+    Args:
+      path: a workdir (its newest checkpoint) or one checkpoint.
+      abstract: shapes, dtypes and shardings; its first level may hold some parts only.
+
+    Raises:
+      CheckpointError: a parameter is missing or has another shape; the first one is named.
+    """
+    folder, step = find(path)
+    with ocp.training.Checkpointer(folder) as orbax:
+        saved = orbax.checkpointables_metadata(step).metadata["state"]["params"]
+        where = f"checkpoint {folder / str(step)}"
+        missing = sorted(set(abstract) - set(saved))
+        if missing:
+            raise CheckpointError(f"{where} has no part {', '.join(missing)}")
+        check_same({part: saved[part] for part in abstract}, abstract, where)
+    options = ocp.options.PyTreeOptions(
+        loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
+    )
+    with ocp.Context(pytree_options=options):
+        tree = {"params": abstract}
+        return ocp.load_checkpointables(folder / str(step), {"state": tree})["state"]["params"]
+
+
+def check_same(saved: Any, wanted: Any, where: str) -> None:
+    """Compares two parameter trees by name and shape.
+
+    Raises:
+      CheckpointError: names the first parameter, in tree order, that differs.
+    """
+    have, want = (_flat(tree) for tree in (saved, wanted))
+    for name in sorted(set(have) | set(want)):
+        if name not in have:
+            raise CheckpointError(f"{where} lacks parameter {name} {want[name]} of this model")
+        if name not in want:
+            raise CheckpointError(f"{where} has parameter {name} {have[name]}, this model has not")
+        if have[name] != want[name]:
+            raise CheckpointError(
+                f"{where} is of another architecture: parameter {name} is {have[name]} there and"
+                f" {want[name]} in this model"
+            )
+
+
+def _flat(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(key.key) for key in path): tuple(x.shape) for path, x in leaves}

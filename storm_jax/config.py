@@ -1,0 +1,420 @@
+"""What a run is made of: frozen dataclasses, built once from an `ml_collections.ConfigDict`.
+
+`from_mapping(RunConfig, mapping)` checks every name and type and says where a mistake stands; each
+dataclass then checks its own values. Nothing here imports JAX: data workers read it too.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+VISUAL = -1  # token id at a position of a sequence where a visual token stands
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field and the remedy."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """SigLIP vision transformer (arXiv 2303.15343), applied to every frame alone."""
+
+    image_size: int  # side of the square input, pixels
+    patch_size: int  # side of a patch, pixels; the remainder of image_size is not seen
+    width: int
+    mlp: int  # hidden width of the MLP
+    layers: int
+    heads: int
+    position_grid: int  # side of the learned position table; resized when it is not `grid`
+    position_scale: float  # standard deviation of the position embeddings at initialisation
+    output_layer: int = -1  # -1: last layer and final norm; -2: input of the last layer, no norm
+    norm_eps: float = 1e-6
+    frames_per_call: int = 64  # frames encoded at once; 0 encodes all of them at once
+
+    def __post_init__(self):
+        _require(
+            self.output_layer in (-1, -2),
+            f"vit.output_layer={self.output_layer}: -1 (last) or -2 (last but one) are offered",
+        )
+        _require(
+            self.width % self.heads == 0,
+            f"vit.width={self.width} is not a multiple of vit.heads={self.heads}",
+        )
+        _require(
+            self.image_size >= self.patch_size,
+            f"vit.image_size={self.image_size} is smaller than one patch ({self.patch_size})",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a frame."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Pixel shuffle, LayerNorm and one linear map to the decoder's width (paper fig. 6, eq. 3)."""
+
+    shuffle: int = 2  # shuffle x shuffle neighbouring patches become one token
+    norm: bool = True  # LayerNorm over the concatenated channels
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class TemporalConfig:
+    """Mamba layers over all tokens of a video: x + Mixer(LayerNorm(x)) (paper section 3.2)."""
+
+    layers: int = 2  # 0 turns the temporal encoder off
+    direction: Literal["bidirectional", "forward"] = "bidirectional"
+    expand: int = 2  # inner width / width
+    state: int = 16  # SSM state per channel
+    conv: int = 4  # taps of the causal depthwise convolution
+    dt_rank: int = 0  # 0: ceil(width / 16)
+    dt_min: float = 1e-3  # step sizes at initialisation are log-uniform in [dt_min, dt_max]
+    dt_max: float = 0.1
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        _require(self.layers >= 0, f"temporal.layers={self.layers} is negative")
+        _require(self.conv >= 1, f"temporal.conv={self.conv}: at least one tap is needed")
+
+
+@dataclass(frozen=True)
+class ReductionConfig:
+    """Which tokens reach the decoder (paper section 3.3)."""
+
+    temporal_pool: int = 1  # mean over this many consecutive frames (eq. 6-7)
+    spatial_pool: int = 1  # mean over windows of spatial_pool x spatial_pool tokens
+    temporal_sampling: int = 1  # at test time only: keep every s-th pooled frame (eq. 8)
+
+    def __post_init__(self):
+        for name in ("temporal_pool", "spatial_pool", "temporal_sampling"):
+            value = getattr(self, name)
+            _require(value >= 1, f"reduction.{name}={value}: 1 means none, smaller is not defined")
+
+    def frame_groups(self, frames: int) -> np.ndarray:
+        """The pooled frame that each of `frames` frames contributes to.
+
+        Returns int32 [frames]: 0, 0, 0, 0, 1, 1, ... for temporal_pool=4; -1 for a frame that
+        temporal sampling drops. The last group averages what is there.
+        """
+        pooled = np.arange(frames, dtype=np.int32) // self.temporal_pool
+        kept = pooled % self.temporal_sampling == 0
+        return np.where(kept, pooled // self.temporal_sampling, -1).astype(np.int32)
+
+    def groups(self, frames: int) -> int:
+        """Pooled frames that reach the decoder from a video of `frames` frames."""
+        pooled = math.ceil(frames / self.temporal_pool)
+        return math.ceil(pooled / self.temporal_sampling)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A Gemma 2, Gemma 3 or Qwen2 text decoder; the fields say in what these differ."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    activation: Literal["gelu_tanh", "silu"]  # of the gated MLP: GeGLU or SwiGLU
+    norm_eps: float
+    norm_plus_one: bool  # RMSNorm multiplies by 1 + w (Gemma) instead of w (Qwen2)
+    post_norms: bool  # further RMSNorms on the outputs of attention and MLP (Gemma 2, 3)
+    qkv_bias: bool
+    qk_norm: bool  # RMSNorm on queries and keys, per head (Gemma 3)
+    query_scale: float  # queries are multiplied by this; 0: head_dim ** -0.5
+    attention_softcap: float  # scores become cap * tanh(scores / cap); 0: off
+    logit_softcap: float
+    global_every: int  # every so many layers attention is global, else local; 1: always global
+    window: int  # keys that a local layer sees, the query's own included; 0: no limit
+    rope_theta: float  # base of the rotary embedding in global layers
+    rope_theta_local: float  # the same in local layers
+    rope_scaling: float  # positions are divided by this in global layers (linear scaling)
+    tied_embeddings: bool
+    scale_embeddings: bool  # token embeddings are multiplied by sqrt(width)
+
+    def __post_init__(self):
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"decoder.heads={self.heads} is not a multiple of decoder.kv_heads={self.kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"decoder.head_dim={self.head_dim} is odd: no rotary pairs")
+        _require(self.global_every >= 1, f"decoder.global_every={self.global_every} is below 1")
+        _require(
+            self.global_every == 1 or self.window > 0,
+            f"decoder.global_every={self.global_every} has local layers: set decoder.window",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """STORM: ViT, projector, temporal encoder, token reduction, decoder."""
+
+    vit: VitConfig
+    projector: ProjectorConfig
+    temporal: TemporalConfig
+    reduction: ReductionConfig
+    decoder: DecoderConfig
+    dtype: Literal["float32", "bfloat16"]  # of activations and matrix products
+
+    def __post_init__(self):
+        _require(
+            self.grid % self.reduction.spatial_pool == 0,
+            f"a frame has {self.grid} tokens a side, not a multiple of"
+            f" reduction.spatial_pool={self.reduction.spatial_pool}",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of a frame, between projector and reduction.
+
+        The projector pads an odd grid with zeros: 27 patches a side (384 pixels) become 14 tokens.
+        """
+        return math.ceil(self.vit.grid / self.projector.shuffle)
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a frame that the temporal encoder mixes."""
+        return self.grid**2
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of a pooled frame, as the decoder sees it."""
+        return (self.grid // self.reduction.spatial_pool) ** 2
+
+    def visual_tokens(self, frames: int) -> int:
+        """Visual tokens that reach the decoder from one video of `frames` frames (an image: 1)."""
+        return self.reduction.groups(frames) * self.group_tokens
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class FrameConfig:
+    """The one frame-sampling policy of training, evaluation and generation.
+
+    With fps=0 the times are evenly spaced from the first frame to the last, both included (as in
+    VILA, the paper's code base). With fps > 0 they are 1/fps apart from the first frame on, and
+    spread evenly again where that would give more than max_frames.
+    """
+
+    max_frames: int
+    fps: float = 0.0
+    keyframes_only: bool = False  # decode key frames alone: fast, up to one GOP too early
+
+    def __post_init__(self):
+        _require(self.max_frames >= 1, f"data.frames.max_frames={self.max_frames} is below 1")
+        _require(self.fps >= 0, f"data.frames.fps={self.fps} is negative")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data set of the mixture."""
+
+    path: str  # JSON, JSONL; see docs/data.md
+    media_root: str = ""  # media paths are relative to it; "": the folder of `path`
+    weight: float = 1.0  # share of the samples, relative to the other sources
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, how it is laid out in rows, and how bad records are treated."""
+
+    train: tuple[SourceConfig, ...]
+    eval: tuple[SourceConfig, ...]
+    frames: FrameConfig
+    tokenizer: str  # "bytes", a folder with tokenizer.json, or a Hugging Face hub id
+    chat_template: Literal["gemma", "qwen2"]
+    sequence_length: int  # text and visual tokens in a row
+    row_frames: int  # frames in a row
+    pack: bool  # several samples in a row where they fit
+    decode_timeout: float = 30.0  # seconds that one media file may take
+    max_bad_fraction: float = 0.02  # share of bad records above which the run stops
+    workers: int = 0  # data worker processes; 0 reads in threads of the main process
+    prefetch_megabytes: int = 2048  # host memory for batches that are ready ahead of time
+    seed: int = 0
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class PartRates:
+    """Learning rate of each part at the peak of the schedule; 0 freezes the part."""
+
+    vit: float
+    projector: float
+    temporal: float
+    decoder: float
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    rates: PartRates
+    warmup_fraction: float = 0.03  # of all steps
+    final_fraction: float = 0.0  # learning rate at the end / at the peak
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # global gradient norm; 0: off
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 once: what is left."""
+
+    data: int = -1  # batch
+    fsdp: int = 1  # batch, and parameters sharded
+    tensor: int = 1  # heads, MLP, vocabulary, Mamba channels
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved."""
+
+    every: int  # steps
+    keep: int = 3  # newest checkpoints that stay
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation run."""
+
+    steps: int  # optimizer updates
+    batch: int  # rows in a global batch
+    accumulation: int  # microbatches that a batch is cut into
+    optimizer: OptimizerConfig
+    z_loss: float  # weight of log(Z)^2
+    remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
+    checkpoint: CheckpointConfig
+    log_every: int
+    eval_every: int  # 0: only at the end
+    eval_samples: int  # records of data.eval that are scored; 0: none
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.steps >= 1, f"train.steps={self.steps} is below 1")
+        _require(
+            self.batch % self.accumulation == 0,
+            f"train.batch={self.batch} is not a multiple of train.accumulation={self.accumulation}",
+        )
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Checkpoints of earlier stages that parameters start from; "" starts that part at random."""
+
+    all: str = ""
+    vit: str = ""
+    projector: str = ""
+    temporal: str = ""
+    decoder: str = ""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that `storm_jax.train` needs; saved with every checkpoint."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_from: InitConfig = field(default_factory=InitConfig)
+
+    def __post_init__(self):
+        row, frames = self.data.sequence_length, self.data.frames.max_frames
+        _require(
+            self.data.row_frames >= frames,
+            f"data.row_frames={self.data.row_frames} cannot hold one video of"
+            f" data.frames.max_frames={frames} frames",
+        )
+        needed = self.model.visual_tokens(frames)
+        _require(
+            needed < row,
+            f"{frames} frames are {needed} visual tokens, but data.sequence_length={row};"
+            " lower data.frames.max_frames, raise model.reduction, or lengthen the sequence",
+        )
+
+
+# ------------------------------------------------------------------------------- building, saving
+
+
+def from_mapping(cls: type, mapping: Mapping[str, Any], path: str = "") -> Any:
+    """Builds dataclass `cls` from a nested mapping, checking names and types.
+
+    Raises:
+      ConfigError: an unknown field, a missing field or a value of the wrong type, with its path.
+    """
+    names = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(mapping) - set(names))
+    _require(
+        not unknown,
+        f"{path or 'config'} has no field {', '.join(unknown)}; it has {', '.join(sorted(names))}",
+    )
+    values = {}
+    for name, spec in names.items():
+        where = f"{path}.{name}" if path else name
+        if name in mapping:
+            values[name] = _convert(hints[name], mapping[name], where)
+        else:
+            has_default = (
+                spec.default is not dataclasses.MISSING
+                or spec.default_factory is not dataclasses.MISSING
+            )
+            _require(has_default, f"{where} is missing")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        _require(isinstance(value, Mapping), f"{path}={value!r} must be a group of fields")
+        return from_mapping(typing.cast(type, hint), value, path)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        _require(value in choices, f"{path}={value!r} is not one of {', '.join(map(repr, choices))}")
+        return value
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        _require(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
+        return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
+    assert not isinstance(hint, types.UnionType), hint
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    _require(right, f"{path}={value!r} must be of type {hint.__name__}")
+    return value
+
+
+def to_json(config: Any) -> str:
+    """The configuration as JSON text that `from_json` reads back."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(cls: type, text: str) -> Any:
+    """Inverse of `to_json`."""
+    return from_mapping(cls, json.loads(text))

@@ -1,0 +1,443 @@
+"""One open video file, and the frames that it shows at given times.
+
+`VideoReader` seeks by timestamp and decodes forward, because frame numbers cannot be trusted:
+variable frame rates, edit lists and containers without a frame count all make
+`number = time * rate` wrong. The frame at time t is the first one, in presentation order, at or
+after t minus half a mean frame period: with a constant rate that is the nearest frame (the earlier
+one where t lies in the middle), and it does not depend on where a seek happened to land.
+"""
+
+import io
+import itertools
+import os
+import time
+from collections import deque
+
+import av
+import numpy as np
+from av.stream import Discard
+from av.video.reformatter import Interpolation, VideoReformatter
+
+_BACKOFF = (0.0, 1.0, 4.0, 16.0, 64.0)  # seconds before the target where a seek is tried
+_HALF = 0.52  # frame periods; above 0.5, so that rounded timestamps do not turn ties around
+_GOP_GUESS = 2.0  # seconds between key frames, until the file has shown a longer distance
+_SKIPPING = ("h264", "hevc")  # decoders that were checked to skip unreferenced frames cleanly
+
+
+class MediaError(ValueError):
+    """A media file that cannot be used as asked; `path` and `reason` say which and why."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)  # both, so that the error survives pickling to a parent
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class VideoReader:
+    """A video file opened for decoding on one thread.
+
+    Times are seconds after the stream's first frame, whatever timestamp the file gives that one.
+
+    Attributes:
+      duration: seconds that the video stream lasts, the last frame's own duration included.
+      fps: mean frame rate, frames per second.
+      frames: number of frames; the header's count, or duration * fps where that is smaller (edit
+        lists) or where the header has none (WebM, MPEG-TS).
+      codec, width, height: as stored in the file (width and height before rotation).
+
+    Errors are `MediaError`. The time limit is checked between packets: it cannot interrupt one
+    read from a stalled disk, nor the decoding of one single packet.
+    """
+
+    def __init__(self, source: str | bytes, timeout: float | None = None):
+        """Opens `source`, a path or the file's bytes; all work must end in `timeout` seconds."""
+        self.path = source if isinstance(source, str) else f"<{len(source)} bytes>"
+        self._source = source
+        self._timeout = timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._container = None
+        self._gop = _GOP_GUESS
+        self.duration = 0.0
+        self._open()
+        self._start = self._stream.start_time or 0
+        self.duration = self._header_duration() or self._scan_duration()
+        self._find_start()
+        stream = self._stream
+        self.codec = stream.codec_context.name
+        self.width, self.height = stream.codec_context.width, stream.codec_context.height
+        rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+        self.fps = float(rate) if rate else max(stream.frames, 1) / max(self.duration, 1e-3)
+        estimate = max(1, round(self.duration * self.fps))
+        self.frames = min(stream.frames, estimate) if stream.frames > 0 else estimate
+        self._tolerance = _HALF / self.fps
+        # In MP4 and AVI the header lists every frame: it tells which key frame precedes a time.
+        self._indexed = 0 < stream.frames <= len(stream.index_entries)
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Releases the file."""
+        if self._container is not None:
+            self._container.close()
+
+    def read(
+        self, times: np.ndarray, size: int | None = None, keyframes_only: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Frames at the given times.
+
+        Args:
+          times: float64 [F], seconds, ascending.
+          size: side of the square that frames are scaled to (bicubic, no crop); None keeps theirs.
+          keyframes_only: take a key frame at or before each time instead; much faster in long
+            videos, and up to one group of pictures too early.
+
+        Returns:
+          frames uint8 [F, H, W, 3] (RGB, rotated as the file asks) and their real times float64
+          [F], seconds. A frame is repeated where two of the times meet the same one.
+
+        Raises:
+          MediaError: a packet on the way to a wanted frame is damaged or missing, the file ends
+            before a wanted time, or the time limit is over.
+        """
+        pick = self._key_frame_at if keyframes_only else self._frame_at
+        reformatter = VideoReformatter()
+        frames, real, last = None, np.empty(len(times)), None
+        for i, t in enumerate(times):
+            frame = pick(self._ticks(t))
+            if frames is not None and frame is last:
+                frames[i] = frames[i - 1]
+            else:
+                image = to_rgb(frame, size, reformatter)
+                if frames is None:
+                    frames = np.empty((len(times), *image.shape), np.uint8)
+                if image.shape != frames.shape[1:]:
+                    raise self._error(
+                        f"the picture size changes at {t:.2f} s from {frames.shape[2]}x"
+                        f"{frames.shape[1]} to {image.shape[1]}x{image.shape[0]}; ask for a size"
+                    )
+                frames[i] = image
+            real[i] = self._seconds(_pts(frame))
+            last = frame
+        if frames is None:
+            raise ValueError("VideoReader.read: `times` is empty")
+        return frames, real
+
+    def first_frame(self) -> av.VideoFrame:
+        """The first frame, as decoded."""
+        return self._frame_at(self._ticks(0.0))
+
+    # ------------------------------------------------------------------ opening and duration
+
+    def _open(self) -> None:
+        self.close()
+        if isinstance(self._source, str):
+            if os.path.isdir(self._source):
+                raise self._error("is a folder, not a video file")
+            # "file:" keeps a name such as "http:x" or "concat:x" from being taken as a protocol.
+            source, empty = "file:" + self._source, _is_empty(self._source)
+        else:
+            source, empty = io.BytesIO(self._source), not self._source
+        if empty:
+            raise self._error("is empty (0 bytes)")
+        try:
+            self._container = av.open(source, timeout=self._timeout, metadata_errors="replace")
+        except av.ExitError as error:
+            raise self._late() from error
+        except (av.FFmpegError, OSError) as error:
+            hint = " (no video, or cut off)" if isinstance(error, av.InvalidDataError) else ""
+            raise self._error(f"cannot be opened: {error.strerror}{hint}") from error
+        streams = self._container.streams
+        stream = streams.best("video")
+        if stream is None:
+            kinds = ", ".join(sorted({s.type for s in streams})) or "nothing"
+            raise self._error(f"has no video stream (it holds {kinds})")
+        if stream.codec_context is None:
+            raise self._error("its video codec has no decoder here")
+        for other in streams:
+            if other is not stream:
+                other.discard = Discard.all
+        context = stream.codec_context
+        context.thread_type, context.thread_count = "NONE", 1
+        context.open(strict=False)  # now: dav1d would keep the `skip_frame` of its first packet
+        self._stream, self._context, self._tick = stream, context, stream.time_base
+        self._skips = context.name in _SKIPPING
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forgets what was decoded: the demuxer stands somewhere else now."""
+        self._packets = self._container.demux(self._stream)
+        self._pending: deque[av.VideoFrame] = deque()
+        self._current: av.VideoFrame | None = None
+        self._ended = False
+        self._need_key = False
+        self._skipped = False  # frames that nothing refers to were passed over
+        self._read_dts = None  # of the packet read last
+        self._read_pts = None  # largest one read
+        self._read_end = None  # largest pts + duration read
+
+    def _header_duration(self) -> float | None:
+        stream = self._stream
+        if stream.duration and stream.duration > 0:
+            return float(stream.duration * self._tick)
+        tag = stream.metadata.get("DURATION", "")  # Matroska: "00:01:02.500000000"
+        try:
+            hours, minutes, seconds = tag.split(":")
+            end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        except ValueError:
+            return None
+        return max(end - float(self._start * self._tick), 0.0) or None
+
+    def _scan_duration(self) -> float:
+        """Reads, without decoding, the packets behind the last key frame."""
+        if self._container.duration:
+            try:
+                self._container.seek(self._container.duration, stream=None)
+                self._begin()
+            except (av.FFmpegError, OSError):
+                self._open()
+        while self._read_packet() is not None:
+            pass
+        end = self._read_end
+        self._open()
+        if end is None:
+            raise self._error("has no timestamps; put it into a container: ffmpeg -i IN OUT.mp4")
+        return float((end - self._start) * self._tick)
+
+    def _find_start(self) -> None:
+        """Makes the first frame that can be shown time 0, and leaves the demuxer in front of it."""
+        packet = first = self._read_packet()
+        while packet is not None and not packet.is_keyframe:  # cut out of a broadcast, say
+            packet = self._read_packet()
+        if first is None:
+            raise self._error("holds no frame")
+        if packet is None:  # no packet is marked as a key frame: leave it to the decoder
+            self._open()
+            packet = first = self._read_packet()
+        # An edit list starts behind its first packets; AVI with B-frames starts one frame later
+        # than its header says.
+        self._start = max(self._start, packet.pts or self._start)
+        lost = (packet.pts or 0) - (first.pts or 0)
+        self.duration = max(self.duration - float(max(lost, 0) * self._tick), 0.0)
+        self._packets = itertools.chain([packet], self._packets)
+
+    # ------------------------------------------------------------------------------ exact frames
+
+    def _frame_at(self, goal: int) -> av.VideoFrame:
+        """The first frame whose timestamp is at least `goal` ticks."""
+        if self._current is None or _pts(self._current) < goal:
+            if self._seek_is_shorter(goal):
+                self._seek(goal)
+            while self._current is None or _pts(self._current) < goal:
+                frame = self._next_frame(goal)
+                if frame is None:
+                    return self._last_frame(goal)
+                self._current = frame
+        return self._current
+
+    def _seek_is_shorter(self, goal: int) -> bool:
+        """Whether a key frame lies between the packet read last and the goal."""
+        read = self._start if self._read_dts is None else self._read_dts
+        if self._indexed:
+            entries = self._stream.index_entries
+            entry = entries.search_timestamp(goal)
+            return entry > 0 and entries[entry].timestamp > read
+        return (goal - read) * self._tick > self._gop
+
+    def _seek(self, goal: int) -> None:
+        """Makes a frame at or before `goal` the current one, or goes to the start of the file."""
+        for seconds in _BACKOFF:
+            ticks = goal - int(seconds / self._tick)
+            if ticks <= self._start:
+                break
+            if not self._jump(ticks):
+                break
+            frame = self._next_frame(goal)
+            # Later than the goal: the demuxer knows decoding order only, or the pictures before
+            # this one refer to what lies before the seek (open groups, gradual refresh).
+            if frame is not None and _pts(frame) <= goal:
+                self._current = frame
+                self._gop = max(self._gop, float((goal - _pts(frame)) * self._tick))
+                return
+        self._open()
+
+    def _jump(self, ticks: int) -> bool:
+        try:
+            self._container.seek(ticks, stream=self._stream)
+        except (av.FFmpegError, OSError):
+            return False  # not seekable: read on from the start of the file
+        self._begin()
+        self._need_key = True
+        return True
+
+    def _next_frame(self, goal: int) -> av.VideoFrame | None:
+        """The next frame in presentation order; None behind the last one."""
+        while not self._pending:
+            if self._ended:
+                return None
+            packet = self._read_packet()
+            if packet is None:
+                self._ended = True
+            elif self._need_key and not packet.is_keyframe:
+                continue
+            else:
+                # A frame before the goal need not be decoded when no other one refers to it.
+                skip = self._skips and packet.pts is not None and packet.pts < goal
+                self._skipped |= skip
+                self._context.skip_frame = "NONREF" if skip else "DEFAULT"
+                self._need_key = False
+            try:
+                self._pending.extend(self._context.decode(packet))
+            except av.FFmpegError as error:
+                raise self._damaged(error) from error
+        frame = self._pending.popleft()
+        if frame.is_corrupt:
+            raise self._error(f"is damaged at {self._seconds(_pts(frame)):.2f} s")
+        return frame
+
+    def _read_packet(self) -> av.Packet | None:
+        """The next packet of the video stream; None at the end of the file."""
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise self._late()
+        try:
+            packet = next(self._packets, None)
+        except av.ExitError as error:
+            raise self._late() from error
+        except (av.FFmpegError, OSError) as error:
+            raise self._damaged(error) from error
+        if packet is None or packet.size == 0:  # the empty packet stands for the end
+            return None
+        pts = packet.dts if packet.pts is None else packet.pts
+        if packet.dts is not None:
+            self._read_dts = packet.dts
+        if pts is not None:
+            self._read_pts = pts if self._read_pts is None else max(self._read_pts, pts)
+            end = pts + (packet.duration or 0)
+            self._read_end = end if self._read_end is None else max(self._read_end, end)
+        return packet
+
+    def _last_frame(self, goal: int) -> av.VideoFrame:
+        """The file ended before `goal`: its last frame, if that one is still shown at `goal`."""
+        end = self._read_end
+        if self._skipped and self._read_pts is not None:
+            self._seek(self._read_pts)
+            while (frame := self._next_frame(self._read_pts or 0)) is not None:
+                self._current = frame
+        if self._current is None:
+            raise self._error("holds no frame that can be decoded")
+        if end is None or goal > end + 2 * self._tolerance / self._tick:
+            raise self._truncated(goal)
+        return self._current
+
+    # -------------------------------------------------------------------------------- key frames
+
+    def _key_frame_at(self, goal: int) -> av.VideoFrame:
+        """A key frame at or before `goal` ticks; the first one where there is none.
+
+        Where key frames cannot be decoded alone (gradual refresh) or are not shown (a short cut
+        out of a long video), the frame at `goal` itself.
+        """
+        current = self._current
+        packet = self._key_packet(goal)
+        if packet is not None and current is not None and packet.pts == _pts(current):
+            self._current = current
+            return current
+        frames = []
+        if packet is not None:
+            try:
+                frames = [*self._context.decode(packet), *self._context.decode(None)]
+            except av.FFmpegError as error:
+                raise self._damaged(error) from error
+        if not frames:
+            self._open()
+            return self._frame_at(goal)
+        if frames[0].is_corrupt:
+            raise self._error(f"its key frame at {self._seconds(packet.pts):.2f} s is damaged")
+        self._current = frames[0]
+        return self._current
+
+    def _key_packet(self, goal: int) -> av.Packet | None:
+        for seconds in _BACKOFF:
+            ticks = goal - int(seconds / self._tick)
+            if ticks <= self._start or not self._jump(ticks):
+                break
+            found, packet = None, self._next_key_packet()
+            while packet is not None and packet.pts <= goal:
+                found = packet
+                if self._indexed and not seconds:  # the demuxer knew which one precedes the goal
+                    return found
+                packet = self._next_key_packet()
+            if packet is None:  # the end of the file
+                end = self._read_end
+                reached = end is not None and goal <= end + 2 * self._tolerance / self._tick
+                if not reached and (self._indexed or end is not None):
+                    raise self._truncated(goal)
+            if found is not None:
+                return found
+        self._open()
+        return self._next_key_packet()
+
+    def _next_key_packet(self) -> av.Packet | None:
+        while (packet := self._read_packet()) is not None:
+            if packet.is_keyframe and packet.pts is not None and not packet.is_discard:
+                return packet
+        return None
+
+    # ------------------------------------------------------------------------------ small helpers
+
+    def _ticks(self, seconds: float) -> int:
+        return self._start + int(np.ceil(float(seconds - self._tolerance) / float(self._tick)))
+
+    def _seconds(self, pts: int) -> float:
+        return float((pts - self._start) * self._tick)
+
+    def _truncated(self, goal: int) -> MediaError:
+        return self._error(
+            f"has no frame at {self._seconds(goal):.2f} s, but should last {self.duration:.2f} s:"
+            " it is truncated; ask for an earlier `end`"
+        )
+
+    def _late(self) -> MediaError:
+        return self._error(f"took longer than {self._timeout:g} s to decode")
+
+    def _damaged(self, error: Exception) -> MediaError:
+        where = ""
+        if self._read_pts is not None:
+            where = f" behind {self._seconds(self._read_pts):.2f} s of {self.duration:.2f} s"
+        return self._error(f"is damaged{where}: {getattr(error, 'strerror', error)}")
+
+    def _error(self, reason: str) -> MediaError:
+        return MediaError(self.path, reason)
+
+
+def to_rgb(frame: av.VideoFrame, size: int | None, reformatter: VideoReformatter) -> np.ndarray:
+    """A decoded frame as uint8 [H, W, 3], scaled to `size` x `size` and turned upright."""
+    rgb = reformatter.reformat(
+        frame,
+        width=size,
+        height=size,
+        format="rgb24",
+        interpolation=Interpolation.BICUBIC,
+        threads=1,
+    ).to_ndarray()
+    turns = round(frame.rotation / 90) % 4  # rotation is counter-clockwise, and so is rot90
+    return np.rot90(rgb, turns) if turns else rgb
+
+
+def _pts(frame: av.VideoFrame) -> int:
+    """Timestamp in ticks; AVI has decoding times only, which equal the display times there."""
+    pts = frame.dts if frame.pts is None else frame.pts
+    return 0 if pts is None else pts
+
+
+def _is_empty(path: str) -> bool:
+    try:
+        return os.path.getsize(path) == 0
+    except OSError:
+        return False  # the reason comes with the attempt to open it

@@ -1,0 +1,318 @@
+"""From conversations to token ids: tokenizers, chat templates, and the loss mask.
+
+The two templates are the published ones (`\\n` is a line break; nothing else stands between turns):
+
+gemma (Gemma 2 and 3; texts are stripped, turns alternate, system text goes before the first user's)
+
+    <bos><start_of_turn>user\\n{system}\\n\\n{user}<end_of_turn>\\n
+    <start_of_turn>model\\n{answer}<end_of_turn>\\n
+
+qwen2 (Qwen2 and Qwen2-VL; without a system turn the system text is "You are a helpful assistant.")
+
+    <|im_start|>system\\n{system}<|im_end|>\\n<|im_start|>user\\n{user}<|im_end|>\\n
+    <|im_start|>assistant\\n{answer}<|im_end|>\\n
+
+Each `<video>` or `<image>` in a turn becomes a run of VISUAL positions, with nothing around it.
+Answers and the token that ends them carry the loss; the line break after that token does not. An
+answer is tokenized apart from the `model\\n` or `assistant\\n` before it, as it is in generation.
+Text that spells a special token ("<end_of_turn>") stays plain text: data cannot forge a turn.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from storm_jax.config import VISUAL
+from storm_jax.data.records import Turn
+
+if TYPE_CHECKING:  # transformers takes a second to import; data workers never need it
+    from transformers import PreTrainedTokenizerFast
+
+Template = Literal["gemma", "qwen2"]
+
+PLACEHOLDER = re.compile("<video>|<image>")
+
+_QWEN2_SYSTEM = "You are a helpful assistant."
+
+# A piece of a rendered conversation: what it is, and whether the model must learn to produce it.
+_Piece = tuple[Literal["text", "special", "visual"], str, bool]
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be had, or that lacks a token of the chat template."""
+
+
+class TemplateError(ValueError):
+    """A conversation that the chat template has no form for."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenized conversation.
+
+    Attributes:
+      tokens: int32 [n], VISUAL at positions of visual tokens.
+      loss: bool [n], True where the token is part of an answer or ends one.
+    """
+
+    tokens: np.ndarray
+    loss: np.ndarray
+
+
+# ------------------------------------------------------------------------------------- tokenizers
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+    """Loads a tokenizer.
+
+    Args:
+      name: "bytes" (one token a UTF-8 byte, id = byte, and the special tokens of both templates
+        after them: 264 ids, nothing to download), a folder with tokenizer.json, or a hub id.
+
+    Raises:
+      TokenizerError: no such folder, and the hub does not serve that name either.
+    """
+    if name == "bytes":
+        return _bytes_tokenizer()
+    from huggingface_hub import hf_hub_download
+    from transformers import PreTrainedTokenizerFast
+
+    folder = os.path.isdir(name)
+    try:
+        if not folder:
+            # The one file that is needed, first: without a network `from_pretrained` would try
+            # one file after the other, for minutes.
+            hf_hub_download(name, "tokenizer.json")
+        # Not AutoTokenizer: it may rebuild the tokenizer from Python code of the model's class,
+        # while this one is tokenizer.json as it was published.
+        return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=folder)
+    except Exception as error:  # the hub client raises many types, some of them undocumented
+        if folder:
+            reason = "the folder holds no readable tokenizer.json"
+        else:
+            reason = "no such folder here, and the Hugging Face hub did not serve it"
+        raise TokenizerError(
+            f"cannot load tokenizer {name!r}: {reason}. Give a folder with tokenizer.json (and"
+            f' tokenizer_config.json), or "bytes". ({type(error).__name__}: {error})'
+        ) from error
+
+
+BYTES_VOCAB = 264  # ids of the "bytes" tokenizer
+
+
+def _bytes_tokenizer() -> "PreTrainedTokenizerFast":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    special += ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    tokenizer.add_special_tokens(special)
+    assert tokenizer.get_vocab_size() == BYTES_VOCAB
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level BPE (GPT-2) writes for each byte, in byte order."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    table = {byte: chr(byte) for byte in shown}
+    table.update({byte: chr(256 + i) for i, byte in enumerate(hidden)})
+    return [table[byte] for byte in range(256)]
+
+
+def stop_tokens(tokenizer: "PreTrainedTokenizerFast", template: Template) -> tuple[int, ...]:
+    """Ids that end an answer: the template's end of turn, then the end of text if there is one."""
+    end, text_end = {
+        "gemma": ("<end_of_turn>", "<eos>"),
+        "qwen2": ("<|im_end|>", "<|endoftext|>"),
+    }[template]
+    ids = [_special_id(tokenizer, end)]
+    last = tokenizer.get_vocab().get(text_end)
+    return tuple(ids if last is None else [*ids, last])
+
+
+def _special_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> int:
+    token_id = tokenizer.backend_tokenizer.token_to_id(token)
+    if token_id is None:
+        raise TokenizerError(
+            f"tokenizer {tokenizer.name_or_path!r} has no token {token}: data.chat_template and"
+            " data.tokenizer do not belong together"
+        )
+    return token_id
+
+
+# -------------------------------------------------------------------------------------- templates
+
+
+def _render(template: Template, turns: Sequence[Turn], prompt: bool) -> list[_Piece]:
+    """The conversation as pieces, in order; with `prompt` also the header of the answer to come."""
+    if not turns:
+        raise TemplateError("a conversation needs at least one turn")
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise TemplateError("a system turn may only stand first")
+    match template:
+        case "gemma":
+            pieces = _render_gemma(turns)
+            header = ("<start_of_turn>", "model\n")
+        case "qwen2":
+            pieces = _render_qwen2(turns)
+            header = ("<|im_start|>", "assistant\n")
+    if prompt:
+        if turns[-1].role != "user":
+            raise TemplateError(f"a prompt ends with a user turn, not with {turns[-1].role}")
+        pieces += [("special", header[0], False), ("text", header[1], False)]
+    return _merge_texts(pieces)
+
+
+def _render_gemma(turns: Sequence[Turn]) -> list[_Piece]:
+    pieces: list[_Piece] = [("special", "<bos>", False)]
+    prefix = ""
+    if turns[0].role == "system":
+        prefix = turns[0].text + "\n\n"
+        turns = turns[1:]
+    for number, turn in enumerate(turns):
+        if turn.role != ("user", "assistant")[number % 2]:
+            raise TemplateError(
+                f"turn {number} is of role {turn.role}: gemma's turns alternate, user first"
+            )
+        answer = turn.role == "assistant"
+        pieces.append(("special", "<start_of_turn>", False))
+        pieces.append(("text", "model\n" if answer else "user\n" + prefix, False))
+        pieces += _content(turn.text.strip(), answer)
+        pieces += [("special", "<end_of_turn>", answer), ("text", "\n", False)]
+        prefix = ""
+    return pieces
+
+
+def _render_qwen2(turns: Sequence[Turn]) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    if turns[0].role != "system":
+        turns = [Turn(role="system", text=_QWEN2_SYSTEM), *turns]
+    for turn in turns:
+        answer = turn.role == "assistant"
+        pieces += [("special", "<|im_start|>", False), ("text", turn.role + "\n", False)]
+        pieces += _content(turn.text, answer)
+        pieces += [("special", "<|im_end|>", answer), ("text", "\n", False)]
+    return pieces
+
+
+def _content(text: str, answer: bool) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    start = 0
+    for match in PLACEHOLDER.finditer(text):
+        pieces.append(("text", text[start : match.start()], answer))
+        pieces.append(("visual", match.group(), False))
+        start = match.end()
+    pieces.append(("text", text[start:], answer))
+    return pieces
+
+
+def _merge_texts(pieces: list[_Piece]) -> list[_Piece]:
+    """Joins neighbouring texts of equal loss, so that they are tokenized as one string."""
+    merged: list[_Piece] = []
+    for kind, text, loss in pieces:
+        if kind == "text" and not text:
+            continue
+        if merged and kind == "text" and merged[-1][0] == "text" and merged[-1][2] == loss:
+            merged[-1] = ("text", merged[-1][1] + text, loss)
+        else:
+            merged.append((kind, text, loss))
+    return merged
+
+
+# --------------------------------------------------------------------------------------- encoding
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerFast",
+    template: Template,
+    turns: Sequence[Turn],
+    visual_counts: Sequence[int],
+) -> Encoded:
+    """Tokenizes a whole conversation for training.
+
+    Args:
+      turns: the conversation; texts hold one `<video>` or `<image>` for each medium.
+      visual_counts: visual tokens of each medium, in the order of the placeholders.
+
+    Raises:
+      TemplateError: turns that the template has no form for.
+      ValueError: not as many placeholders as visual counts.
+      TokenizerError: the tokenizer lacks a token of the template.
+    """
+    return expand(encode_unexpanded(tokenizer, template, [turns])[0], visual_counts)
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerFast",
+    template: Template,
+    turns: Sequence[Turn],
+    visual_counts: Sequence[int],
+) -> np.ndarray:
+    """Tokens (int32 [n]) up to where the assistant's next answer begins; see `encode`."""
+    pieces = [_render(template, turns, prompt=True)]
+    return expand(_encode_pieces(tokenizer, pieces)[0], visual_counts).tokens
+
+
+def encode_unexpanded(
+    tokenizer: "PreTrainedTokenizerFast",
+    template: Template,
+    conversations: Sequence[Sequence[Turn]],
+) -> list[Encoded]:
+    """Tokenizes many conversations, with a single VISUAL for each medium; `expand` does the rest.
+
+    Lengths of videos are not needed for it, so the result can be kept beside the data set.
+    """
+    return _encode_pieces(tokenizer, [_render(template, t, prompt=False) for t in conversations])
+
+
+def expand(encoded: Encoded, visual_counts: Sequence[int]) -> Encoded:
+    """Repeats the i-th VISUAL visual_counts[i] times.
+
+    Raises:
+      ValueError: there are not as many counts as VISUAL positions.
+    """
+    visual = encoded.tokens == VISUAL
+    if visual.sum() != len(visual_counts):
+        raise ValueError(f"{visual.sum()} placeholders, but {len(visual_counts)} visual counts")
+    repeats = np.ones(len(visual), np.int64)
+    repeats[visual] = visual_counts
+    return Encoded(np.repeat(encoded.tokens, repeats), np.repeat(encoded.loss, repeats))
+
+
+def _encode_pieces(
+    tokenizer: "PreTrainedTokenizerFast", conversations: list[list[_Piece]]
+) -> list[Encoded]:
+    texts = list({text: None for c in conversations for kind, text, _ in c if kind == "text"})
+    ids = {}
+    if texts:
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+        ids = dict(zip(texts, encoded["input_ids"], strict=True))
+    special = functools.cache(functools.partial(_special_id, tokenizer))
+    results = []
+    for pieces in conversations:
+        tokens: list[int] = []
+        loss: list[bool] = []
+        for kind, text, learnt in pieces:
+            match kind:
+                case "text":
+                    new = ids[text]
+                case "special":
+                    new = [special(text)]
+                case "visual":
+                    new = [VISUAL]
+            tokens += new
+            loss += [learnt] * len(new)
+        results.append(Encoded(np.array(tokens, np.int32), np.array(loss, bool)))
+    return results

@@ -1,0 +1,269 @@
+"""Frames of videos, images and frame folders: the one sampling policy, and what it needs to know.
+
+`decode` returns frames and their real times from any file that PyAV opens; `sample` applies the
+configuration's `FrameConfig` to a record's medium and is what training, evaluation and generation
+call; `frame_count` says beforehand, from a `Probe` alone, how many frames `sample` will return.
+
+Damaged files. A frame is used only if every packet from its key frame on decodes without an error
+and the file reaches it. So a file that is cut off or corrupted still serves a clip that lies before
+the damage; whenever one of the asked frames cannot be had, the whole call raises `MediaError` with
+path and reason. Nothing is replaced by black frames, by neighbours or by fewer frames.
+
+Images are decoded by PyAV as well, not by Pillow: one bicubic filter for images and videos, one
+place where rotation is applied, and no further dependency.
+"""
+
+import io
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from storm_jax.config import FrameConfig
+from storm_jax.data.container import MediaError, VideoReader, to_rgb
+from storm_jax.data.records import Media
+
+__all__ = ["MediaError", "Probe", "decode", "frame_count", "probe", "sample"]
+
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_FOLDER_FPS = 1.0  # a folder of frames has no clock: frame i counts as second i
+_LATE = 1.0  # seconds that `end` may lie behind the clip: annotations are rounded up to seconds
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is known about a medium without decoding it."""
+
+    kind: Literal["video", "image", "frames"]  # frames: a folder of images
+    duration: float  # seconds; 0 for an image, one second a frame for a folder
+    fps: float  # mean frame rate; 0 for an image, 1 for a folder
+    frames: int  # the header's count, or duration * fps where it has none or too large a one
+    codec: str  # name of FFmpeg's decoder
+    width: int  # pixels as stored, before rotation
+    height: int
+    rotation: int  # degrees counter-clockwise that the picture must be turned: 0, 90, 180, 270
+
+
+def probe(path: str, kind: Literal["video", "image"] = "video") -> Probe:
+    """Reads a medium's header and decodes its first frame, which also shows that it can be.
+
+    Args:
+      path: a file, or a folder of frames.
+      kind: what the record says that it is.
+
+    Raises:
+      MediaError: it is missing, empty, no video, or its first frame cannot be decoded.
+    """
+    if kind == "image" or os.path.isdir(path):
+        files = [path] if kind == "image" else _folder(path)
+        frame = _image_frame(files[0])
+        count = len(files)
+        return Probe(
+            "image" if kind == "image" else "frames",
+            0.0 if kind == "image" else count / _FOLDER_FPS,
+            0.0 if kind == "image" else _FOLDER_FPS,
+            count,
+            "",
+            frame.width,
+            frame.height,
+            _rotation(frame),
+        )
+    with VideoReader(path) as reader:
+        rotation = _rotation(reader.first_frame())
+        size = reader.width, reader.height
+        return Probe(
+            "video", reader.duration, reader.fps, reader.frames, reader.codec, *size, rotation
+        )
+
+
+def decode(
+    source: str | bytes,
+    *,
+    n: int | None = None,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    size: int | None = None,
+    keyframes_only: bool = False,
+    timeout: float | None = None,
+    max_frames: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes evenly spaced frames of a video file.
+
+    Exactly one of `n` and `fps` is given. With `n`, the times run evenly from the first frame to
+    the last one, both included (n=1: the first). With `fps` they are 1/fps apart from the first
+    frame on. For each of these times the frame nearest to it is returned, or more exactly the
+    first one at or after that time less half a mean frame period.
+
+    Args:
+      source: path of a video file, or the file's bytes.
+      n: number of frames; fewer are returned where the clip has fewer.
+      fps: frames per second of video time; never more than the video has.
+      start, end: the clip in seconds after the file's first frame; None: the whole file. An `end`
+        up to one second behind the last frame is taken as the end of the file.
+      size: frames are scaled to size x size (bicubic, aspect ratio not kept); None: as stored.
+      keyframes_only: return the key frame at or before each time instead: about four times faster
+        in long videos, up to one group of pictures too early.
+      timeout: seconds after which decoding is given up. Checked between packets, so that one
+        blocked read or one huge packet can exceed it.
+      max_frames: upper limit; where `fps` asks for more, times are spread evenly again.
+
+    Returns:
+      frames uint8 [F, H, W, 3] in RGB, turned upright, and their real times, float64 [F], seconds
+      after the first frame of the file. F depends on the header only. Where the frame rate
+      varies, two times can meet the same frame, which is then repeated.
+
+    Raises:
+      MediaError: the file cannot be opened, has no video, is damaged before a wanted frame, is
+        shorter than its header says, took longer than `timeout`, or the clip lies outside it.
+      ValueError: neither or both of `n` and `fps` were given, or one is not positive.
+    """
+    if (n is None) == (fps is None):
+        raise ValueError(f"decode: give one of n and fps, got n={n} and fps={fps}")
+    if (n is not None and n < 1) or (fps is not None and not fps > 0):
+        raise ValueError(f"decode: n={n}, fps={fps} must be positive")
+    limit = min(x for x in (n, max_frames, math.inf) if x is not None)
+    with VideoReader(source, timeout) as reader:
+        clip = reader.path, reader.duration, reader.fps, reader.frames
+        times = _times(clip, (start, end), limit, fps or 0.0)
+        return reader.read(times, size, keyframes_only)
+
+
+def sample(
+    media: Media, frames: FrameConfig, size: int, timeout: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of a record's medium under the configured policy.
+
+    Args:
+      media: a video file, a folder of frames (sorted naturally: 2 before 10) or an image.
+      frames: the policy; see `FrameConfig`.
+      size: side of the square frames, pixels.
+      timeout: seconds that the file may take; see `decode`.
+
+    Returns:
+      frames uint8 [F, size, size, 3] and times float64 [F]; F is `frame_count` of the medium's
+      probe. A folder's frame i has time i, an image time 0.
+
+    Raises:
+      MediaError: as `decode`.
+    """
+    if media.kind == "image":
+        return _image(media.path, size)[None], np.zeros(1)
+    if os.path.isdir(media.path):
+        files = _folder(media.path)
+        clip = media.path, len(files) / _FOLDER_FPS, _FOLDER_FPS, len(files)
+        times = _times(clip, (media.start, media.end), frames.max_frames, frames.fps)
+        picks = [min(math.ceil(t * _FOLDER_FPS - 0.5), len(files) - 1) for t in times]
+        images = np.stack([_image(files[i], size) for i in picks])
+        return images, np.array(picks) / _FOLDER_FPS
+    return decode(
+        media.path,
+        n=None if frames.fps else frames.max_frames,
+        fps=frames.fps or None,
+        start=media.start,
+        end=media.end,
+        size=size,
+        keyframes_only=frames.keyframes_only,
+        timeout=timeout,
+        max_frames=frames.max_frames,
+    )
+
+
+def frame_count(probe: Probe, media: Media, frames: FrameConfig) -> int:
+    """Number of frames that `sample` returns for `media`, from its probe alone.
+
+    Raises:
+      MediaError: the clip's start or end lies outside the medium.
+    """
+    if probe.kind == "image":
+        return 1
+    clip = media.path, probe.duration, probe.fps, probe.frames
+    return len(_times(clip, (media.start, media.end), frames.max_frames, frames.fps))
+
+
+def _times(
+    clip: tuple[str, float, float, int],
+    span: tuple[float | None, float | None],
+    limit: float,
+    fps: float,
+) -> np.ndarray:
+    """The times that the policy asks for, float64 [F]; `fps=0` means `limit` frames evenly spaced.
+
+    Args:
+      clip: path, duration (s), frame rate and number of frames of the medium.
+      span: start and end, seconds or None.
+      limit: largest number of frames.
+      fps: frames per second asked for, or 0.
+    """
+    path, duration, rate, count = clip
+    start, end = span
+    has = f"the clip lasts {duration:.2f} s"
+    if start is not None and not 0 <= start < duration:
+        raise MediaError(path, f"start={start:g} s is outside the video: {has}")
+    if end is not None and not (start or 0.0) < end <= duration + _LATE:
+        where = "not after start" if end <= (start or 0.0) else "outside the video"
+        raise MediaError(path, f"end={end:g} s is {where}: {has}")
+    last = max(duration - 1 / rate, 0.0)
+    first = min(start or 0.0, last)
+    last = last if end is None else max(min(end, last), first)
+    available = min(count, int((last - first) * rate + 0.5) + 1)
+    limit = min(limit, available)
+    if fps:
+        times = first + np.arange(int((last - first) * fps + 1e-6) + 1) / fps
+        if len(times) <= limit:
+            return times
+    return np.linspace(first, last, int(limit))
+
+
+# ------------------------------------------------------------------------------------------ images
+
+
+def _folder(path: str) -> list[str]:
+    """The images in a folder, sorted so that numbers in their names count."""
+
+    def natural(name: str) -> list[tuple[int, str]]:
+        return [(int(x), "") if x.isdigit() else (-1, x) for x in re.split(r"(\d+)", name)]
+
+    try:
+        names = [x for x in os.listdir(path) if x.lower().endswith(_IMAGES)]
+    except OSError as error:
+        raise MediaError(path, f"cannot be listed: {error.strerror}") from error
+    if not names:
+        raise MediaError(path, f"is a folder without images ({', '.join(_IMAGES)})")
+    return [os.path.join(path, x) for x in sorted(names, key=natural)]
+
+
+def _image_frame(path: str) -> av.VideoFrame:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise MediaError(path, f"cannot be read: {error.strerror}") from error
+    if not data:
+        raise MediaError(path, "is empty (0 bytes)")
+    try:
+        # From bytes: given a name, FFmpeg would take "%03d" in it for a pattern.
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise MediaError(path, "is not an image")
+            stream.codec_context.thread_type = "NONE"
+            for frame in container.decode(stream):
+                return frame
+    except av.FFmpegError as error:
+        raise MediaError(path, f"is not an image that can be read: {error.strerror}") from error
+    raise MediaError(path, "is not an image: no picture could be decoded")
+
+
+def _image(path: str, size: int) -> np.ndarray:
+    """An image file as uint8 [size, size, 3]."""
+    return to_rgb(_image_frame(path), size, VideoReformatter())
+
+
+def _rotation(frame: av.VideoFrame) -> int:
+    return round(frame.rotation / 90) % 4 * 90

@@ -1,0 +1,88 @@
+"""Model FLOPs of a batch, and what share of a device's peak a step reaches (MFU)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from storm_jax.config import ModelConfig
+from storm_jax.models.storm import PARTS
+
+# Dense bfloat16 FLOP/s of one JAX device, by the start of `device_kind` (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of one device, or None for a device that is not in the table: then there is no MFU."""
+    return next((v for kind, v in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch really holds, padding left out."""
+
+    frames: int
+    tokens: int  # text and visual tokens
+    attended: int  # pairs of query and key that causal attention visits
+
+    @classmethod
+    def of(cls, batch: dict[str, np.ndarray]) -> "Work":
+        """Counts a packed batch (`data.packing`)."""
+        there = batch["segments"] >= 0
+        return cls(
+            frames=int((batch["frame_segments"] >= 0).sum()),
+            tokens=int(there.sum()),
+            attended=int((batch["positions"][there].astype(np.int64) + 1).sum()),
+        )
+
+
+def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:
+    """FLOPs of one forward pass by part: matrix products and attention, two per multiply-add.
+
+    Not counted: norms, activations, softmax and the recurrence of the selective scan. A local layer
+    counts as if it saw every earlier token.
+    """
+    vit, decoder, temporal = config.vit, config.decoder, config.temporal
+    patches, D_v, D = vit.grid**2, vit.width, decoder.width
+    used_layers = vit.layers + 1 + vit.output_layer
+    per_patch = 2 * (4 * D_v * D_v + 2 * D_v * vit.mlp) + 4 * patches * D_v
+    per_frame = patches * (used_layers * per_patch + 2 * 3 * vit.patch_size**2 * D_v)
+
+    E, G = temporal.expand * D, temporal.state
+    R = temporal.dt_rank or -(-D // 16)
+    directions = 2 if temporal.direction == "bidirectional" else 1
+    mixer = 3 * D * E + directions * E * (temporal.conv + (R + 2 * G) + R)
+
+    H, K, C = decoder.heads, decoder.kv_heads, decoder.head_dim
+    layer = D * C * (2 * H + 2 * K) + 3 * D * decoder.mlp
+    per_token = 2 * (decoder.layers * layer + D * decoder.vocab_size)
+    return {
+        "vit": work.frames * per_frame,
+        "projector": work.frames * config.frame_tokens * 2 * config.projector.shuffle**2 * D_v * D,
+        "temporal": work.frames * config.frame_tokens * 2 * temporal.layers * mixer,
+        "decoder": work.tokens * per_token + 4 * decoder.layers * H * C * work.attended,
+    }
+
+
+def training_flops(config: ModelConfig, work: Work, trained: tuple[str, ...]) -> float:
+    """FLOPs of a training step, recomputation not counted.
+
+    A trained part costs three forward passes. A frozen part costs two if gradients pass through it
+    to an earlier part, else one.
+    """
+    forward = forward_flops(config, work)
+    total, gradients_flow = 0.0, False
+    for part in PARTS:
+        passes = 3 if part in trained else 2 if gradients_flow else 1
+        total += passes * forward[part]
+        gradients_flow |= part in trained
+    return total

@@ -1,0 +1,1 @@
+"""The parts of STORM as NNX modules. Axis letters are explained in CONTRIBUTING.md."""

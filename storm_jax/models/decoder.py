@@ -1,0 +1,183 @@
+"""The text decoder: Gemma 2 (arXiv 2408.00118), Gemma 3 (2503.19786) and Qwen2 (2407.10671).
+
+One implementation; `DecoderConfig` says in what the families differ.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from storm_jax.config import DecoderConfig
+from storm_jax.models.attention import attention, causal_mask
+from storm_jax.models.layers import Embedding, Head, Linear, RMSNorm, Stack, rotary, rotate
+from storm_jax.parallel.sharding import shard
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, [layers, B, T, K, C]; slot t holds position t of its row."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class LayerInputs(NamedTuple):
+    """What all layers share: masks and rotary angles, for local and for global attention."""
+
+    masks: tuple[jax.Array, jax.Array]  # bool [B, S, T]: local, global
+    angles: tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (cos, sin) each
+    positions: jax.Array  # int32 [B, S]
+
+
+class DecoderBlock(nnx.Module):
+    """Attention and gated MLP, each with a norm before it and, in Gemma, one after it."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        D, H, K, C = config.width, config.heads, config.kv_heads, config.head_dim
+
+        def norm(width: int) -> RMSNorm:
+            return RMSNorm(width, config.norm_eps, plus_one=config.norm_plus_one)
+
+        bias = config.qkv_bias
+        kv_axes = ("embed", "kv_heads", None)
+        self.attention_norm = norm(D)
+        self.query = Linear((D,), (H, C), ("embed", "heads", None), bias=bias, rngs=rngs)
+        self.key = Linear((D,), (K, C), kv_axes, bias=bias, rngs=rngs)
+        self.value = Linear((D,), (K, C), kv_axes, bias=bias, rngs=rngs)
+        self.query_norm = norm(C) if config.qk_norm else None
+        self.key_norm = norm(C) if config.qk_norm else None
+        self.out = Linear((H, C), (D,), ("heads", None, "embed"), rngs=rngs)
+        self.attention_post_norm = norm(D) if config.post_norms else None
+        self.mlp_norm = norm(D)
+        self.gate = Linear((D,), (config.mlp,), ("embed", "mlp"), rngs=rngs)
+        self.up = Linear((D,), (config.mlp,), ("embed", "mlp"), rngs=rngs)
+        self.down = Linear((config.mlp,), (D,), ("mlp", "embed"), rngs=rngs)
+        self.mlp_post_norm = norm(D) if config.post_norms else None
+
+    def __call__(self, x_BSD, is_global, shared: LayerInputs, cache: Cache | None):
+        """One layer; `is_global` is a traced bool, since layers run in one scan."""
+        config = self.config
+        h = self.attention_norm(x_BSD)
+        q, k, v = self.query(h), self.key(h), self.value(h)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        local, whole = shared.angles
+        cos, sin = (jnp.where(is_global, w, n) for w, n in zip(whole, local, strict=True))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache = _write(cache, k, v, shared.positions)
+        mask = jnp.where(is_global, shared.masks[1], shared.masks[0])
+        scale = config.query_scale or config.head_dim**-0.5
+        h = attention(q, k, v, mask, scale=scale, softcap=config.attention_softcap)
+        h = self.out(h)
+        x_BSD = x_BSD + (h if self.attention_post_norm is None else self.attention_post_norm(h))
+
+        h = self.mlp_norm(x_BSD)
+        gate = self.gate(h)
+        if config.activation == "silu":
+            gate = jax.nn.silu(gate)
+        else:
+            gate = jax.nn.gelu(gate, approximate=True)
+        h = self.down(gate * self.up(h))
+        x_BSD = x_BSD + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
+        return x_BSD, cache
+
+
+def _write(cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array) -> Cache:
+    rows = jnp.arange(positions.shape[0])[:, None]
+
+    def put(slots, new):
+        return slots.at[rows, positions].set(new.astype(slots.dtype), mode="drop")
+
+    return Cache(put(cache.k, k), put(cache.v, v))
+
+
+class Decoder(nnx.Module):
+    """Embeddings in, final hidden states out; `logits` scores the vocabulary."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        # Embeddings have unit size where they enter the first layer of a Gemma model.
+        scale = config.width**-0.5 if config.scale_embeddings else 0.02
+        self.embedding = Embedding(config.vocab_size, config.width, scale, rngs=rngs)
+        self.blocks = Stack(lambda r: DecoderBlock(config, r), config.layers, rngs=rngs)
+        self.norm = RMSNorm(config.width, config.norm_eps, plus_one=config.norm_plus_one)
+        tied = config.tied_embeddings
+        self.head = None if tied else Head(config.width, config.vocab_size, rngs=rngs)
+
+    def embed(self, ids_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Token embeddings [B, S, D], as the first layer takes them."""
+        x = self.embedding(ids_BS, dtype)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(math.sqrt(self.config.width), dtype)
+        return x
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        segments_BS: jax.Array | None = None,
+        cache: Cache | None = None,
+        remat: str = "none",
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs all layers.
+
+        Args:
+          x_BSD: embeddings.
+          positions_BS: int32, position within the sample. With a cache it is also the slot that is
+            written, and slots up to it are seen.
+          segments_BS: int32, attention stays within a segment; without a cache only.
+          cache: keys and values so far, or None.
+          remat: what the backward pass recomputes, see `Stack.scan`.
+
+        Returns:
+          Hidden states after the final norm [B, S, D], and the extended cache.
+        """
+        config = self.config
+        keys = positions_BS
+        if cache is not None:
+            rows, slots = cache.k.shape[1:3]
+            keys = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
+        everywhere = causal_mask(positions_BS, keys, segments_BS, segments_BS)
+        nearby = everywhere
+        if config.global_every > 1:
+            nearby = causal_mask(positions_BS, keys, segments_BS, segments_BS, config.window)
+        C = config.head_dim
+        shared = LayerInputs(
+            masks=(nearby, everywhere),
+            angles=(
+                rotary(positions_BS, C, config.rope_theta_local),
+                rotary(positions_BS, C, config.rope_theta, config.rope_scaling),
+            ),
+            positions=positions_BS,
+        )
+
+        def body(block, x, inputs):
+            is_global, layer_cache = inputs
+            return block(x, is_global, shared, layer_cache)
+
+        xs = (jnp.asarray(self.global_layers), cache)
+        x_BSD, cache = self.blocks.scan(body, x_BSD, xs, remat=remat)
+        return self.norm(x_BSD), cache
+
+    @property
+    def global_layers(self) -> list[bool]:
+        """Which layers attend globally: every `global_every`-th."""
+        every = self.config.global_every
+        return [(layer + 1) % every == 0 for layer in range(self.config.layers)]
+
+    def logits(self, x_BSD: jax.Array) -> jax.Array:
+        """Scores of the vocabulary, float32 [B, S, V]."""
+        scores = (self.embedding if self.head is None else self.head).logits(x_BSD)
+        cap = self.config.logit_softcap
+        return cap * jnp.tanh(scores / cap) if cap else scores
+
+    def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+        """A cache for `rows` sequences of up to `slots` tokens."""
+        config = self.config
+        shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+        axes = ("layers", "batch", None, "kv_heads", None)
+        return Cache(*(shard(jnp.zeros(shape, dtype), *axes) for _ in range(2)))

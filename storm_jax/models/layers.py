@@ -1,0 +1,195 @@
+"""Linear maps, norms, embeddings and rotary positions: what every part is made of.
+
+Parameters are float32; a layer computes in the dtype of its input, norms in float32. Each parameter
+carries the logical names of its axes, which `parallel.sharding` lays out.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from storm_jax.parallel import sharding
+from storm_jax.parallel.sharding import Axes
+
+
+def parameter(value: jax.Array, *axes: str | None) -> nnx.Param:
+    """A trainable array with a logical name for each axis."""
+    assert value.ndim == len(axes), (value.shape, axes)
+    return nnx.Param(value, axes=axes)
+
+
+class Linear(nnx.Module):
+    """x @ w + b over the last axes of x.
+
+    Weights start normal with variance 1 / inputs, biases at zero.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        axes: Axes,
+        *,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.contracted = len(inputs)
+        self.axes = axes
+        scale = 1 / math.sqrt(math.prod(inputs))
+        weight = scale * jax.random.normal(rngs.params(), inputs + outputs)
+        self.weight = parameter(weight, *axes)
+        if bias:
+            self.bias = parameter(jnp.zeros(outputs), *axes[len(inputs) :])
+        self.has_bias = bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n = self.contracted
+        w = sharding.gathered(self.weight[...].astype(x.dtype), self.axes)
+        dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        out = None
+        if sharding.active_mesh() is not None:
+            # Batch axes keep their layout; a contraction over a split axis is summed here.
+            lead = jax.typeof(x).sharding.spec[: x.ndim - n]
+            out = PartitionSpec(*lead, *jax.typeof(w).sharding.spec[n:])
+        y = jax.lax.dot_general(x, w, (dims, ((), ())), out_sharding=out)
+        if self.has_bias:
+            y = y + sharding.gathered(self.bias[...].astype(x.dtype), self.axes[n:])
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * w, or * (1 + w) with `plus_one` (Gemma stores w around zero)."""
+
+    def __init__(self, width: int, eps: float, *, plus_one: bool = False):
+        self.eps = eps
+        self.plus_one = plus_one
+        self.scale = parameter(jnp.zeros(width) if plus_one else jnp.ones(width), None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...]
+        return (y * (1 + scale if self.plus_one else scale)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * w + b."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = parameter(jnp.ones(width), None)
+        self.bias = parameter(jnp.zeros(width), None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, looked up by token id and, when tied, multiplied for logits."""
+
+    def __init__(self, vocab_size: int, width: int, scale: float, *, rngs: nnx.Rngs):
+        table = scale * jax.random.normal(rngs.params(), (vocab_size, width))
+        self.table = parameter(table, "vocab", "embed")
+
+    def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """int32 [B, S] -> [B, S, D] in `dtype`."""
+        table = sharding.gathered(self.table[...].astype(dtype), ("vocab", "embed"))
+        mesh = sharding.active_mesh()
+        out = None
+        if mesh is not None:
+            out = PartitionSpec(*jax.typeof(ids).sharding.spec, None)
+        return table.at[ids].get(mode="clip", out_sharding=out)
+
+    def logits(self, x_BSD: jax.Array) -> jax.Array:
+        """Scores of every token, float32 [B, S, V]."""
+        return _logits(x_BSD, self.table[...], ("vocab", "embed"), contract=1)
+
+
+class Head(nnx.Module):
+    """Scores of every token from a matrix of its own."""
+
+    def __init__(self, width: int, vocab_size: int, *, rngs: nnx.Rngs):
+        weight = jax.random.normal(rngs.params(), (width, vocab_size)) / math.sqrt(width)
+        self.weight = parameter(weight, "embed", "vocab")
+
+    def logits(self, x_BSD: jax.Array) -> jax.Array:
+        """Scores of every token, float32 [B, S, V]."""
+        return _logits(x_BSD, self.weight[...], ("embed", "vocab"), contract=0)
+
+
+def _logits(x_BSD: jax.Array, weight: jax.Array, axes: Axes, contract: int) -> jax.Array:
+    w = sharding.gathered(weight.astype(x_BSD.dtype), axes)
+    out = None
+    if sharding.active_mesh() is not None:
+        lead = jax.typeof(x_BSD).sharding.spec[:2]
+        out = PartitionSpec(*lead, jax.typeof(w).sharding.spec[1 - contract])
+    dims = (((2,), (contract,)), ((), ()))
+    return jax.lax.dot_general(
+        x_BSD, w, dims, preferred_element_type=jnp.float32, out_sharding=out
+    )
+
+
+def rotary(positions: jax.Array, head_dim: int, theta: float, scaling: float = 1.0):
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), halves convention.
+
+    Args:
+      positions: int32 [B, S].
+      theta: base of the wavelengths.
+      scaling: positions are divided by it (Gemma 3, global layers).
+
+    Returns:
+      (cos, sin), float32 [B, S, head_dim / 2] each.
+    """
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angle = positions[..., None].astype(jnp.float32) / scaling / theta**exponent
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BSHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns each pair (x[c], x[c + C/2]) by its angle, in float32."""
+    a, b = jnp.split(x_BSHC.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHC.dtype)
+
+
+class Stack(nnx.Module):
+    """`count` modules of one kind; their parameters carry a leading "layers" axis."""
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], count: int, *, rngs: nnx.Rngs):
+        keys = jax.random.split(rngs.params(), count)
+        self.layers = jax.vmap(lambda key: build(nnx.Rngs(key)))(keys)
+        self.count = count
+
+    def scan(self, body: Callable, x, xs=None, *, remat: str = "none"):
+        """Runs `x, y = body(module, x, xs[i])` for every module in order.
+
+        Args:
+          body: sees one unstacked module.
+          x: carried array or tree.
+          xs: tree with a leading axis of `count`, one slice a module, or None.
+          remat: what the backward pass recomputes, "none", "dots" (all but matrix products) or
+            "full" (everything but the carried value).
+
+        Returns:
+          (x, ys) with the ys stacked.
+        """
+        graph, state = nnx.split(self.layers)
+
+        def step(x, inputs):
+            layer_state, slice_ = inputs
+            return body(nnx.merge(graph, layer_state), x, slice_)
+
+        policies = {
+            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "full": jax.checkpoint_policies.nothing_saveable,
+        }
+        if remat != "none":
+            step = jax.checkpoint(step, policy=policies[remat], prevent_cse=False)
+        return jax.lax.scan(step, x, (state, xs))

@@ -1,0 +1,145 @@
+"""STORM put together: frames and tokens in, hidden states and logits out."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from storm_jax.config import VISUAL, ModelConfig
+from storm_jax.models.decoder import Decoder
+from storm_jax.models.projector import Projector
+from storm_jax.models.reduction import reduce_tokens
+from storm_jax.models.temporal import TemporalEncoder
+from storm_jax.models.vit import Vit
+from storm_jax.parallel import sharding
+from storm_jax.parallel.sharding import Axes
+
+Params = dict[str, Any]  # nested, arrays at the leaves; the first level is one of PARTS
+PARTS = ("vit", "projector", "temporal", "decoder")
+
+
+class Storm(nnx.Module):
+    """The four parts. Use it through `StormModel.bind`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.vit = Vit(config.vit, rngs)
+        self.projector = Projector(config, rngs)
+        width = config.decoder.width
+        has_temporal = config.temporal.layers > 0
+        self.temporal = TemporalEncoder(config.temporal, width, rngs) if has_temporal else None
+        self.decoder = Decoder(config.decoder, rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations and matrix products."""
+        return jnp.dtype(self.config.dtype)
+
+    def encode(
+        self,
+        frames_BFHWC: jax.Array,
+        frame_segments_BF: jax.Array,
+        frame_groups_BF: jax.Array,
+        groups: int,
+        remat: str = "none",
+    ) -> jax.Array:
+        """The visual tokens that the decoder sees.
+
+        Args:
+          frames_BFHWC: uint8 [B, F, image_size, image_size, 3].
+          frame_segments_BF: int32, the video that a frame belongs to; -1: padding.
+          frame_groups_BF: int32, see `reduce_tokens`.
+          groups: pooled frames that a row has room for.
+          remat: what the backward pass recomputes, see `Stack.scan`.
+
+        Returns:
+          [B, groups * group_tokens, D].
+        """
+        with jax.named_scope("vit"):
+            x_BFND = self.vit(frames_BFHWC, self.dtype, remat)
+        with jax.named_scope("projector"):
+            x_BFND = self.projector(x_BFND)
+        if self.temporal is not None:
+            with jax.named_scope("temporal"):
+                x_BFND = self.temporal(x_BFND, frame_segments_BF, remat)
+        with jax.named_scope("reduction"):
+            pool = self.config.reduction.spatial_pool
+            return reduce_tokens(x_BFND, frame_groups_BF, groups, pool)
+
+    def embed(self, tokens_BS: jax.Array, visual_BVD: jax.Array | None) -> jax.Array:
+        """Token embeddings [B, S, D], the i-th `VISUAL` position of a row taking visual token i."""
+        text = self.decoder.embed(jnp.maximum(tokens_BS, 0), self.dtype)
+        if visual_BVD is None:
+            return text
+
+        def merge(text, visual, tokens):
+            index = jnp.cumsum(tokens == VISUAL, axis=1) - 1
+            there = jnp.take_along_axis(visual, index[:, :, None], axis=1, mode="clip")
+            return jnp.where((tokens == VISUAL)[:, :, None], there, text)
+
+        axes = ("batch", None, None)
+        merge = sharding.per_device(merge, (axes, axes, ("batch", None)), axes)
+        return merge(text, visual_BVD, tokens_BS)
+
+    def __call__(self, batch: dict[str, jax.Array], remat: str = "none") -> jax.Array:
+        """Final hidden states of a packed batch (`data.packing` has the layout), [B, S, D]."""
+        S, F = batch["tokens"].shape[1], batch["frames"].shape[1]
+        visual = None
+        groups = min(F, S // self.config.group_tokens)
+        if groups:
+            visual = self.encode(
+                batch["frames"], batch["frame_segments"], batch["frame_groups"], groups, remat
+            )
+        x_BSD = self.embed(batch["tokens"], visual)
+        with jax.named_scope("decoder"):
+            return self.decoder(x_BSD, batch["positions"], batch["segments"], remat=remat)[0]
+
+
+@dataclass(frozen=True)
+class StormModel:
+    """A configuration's architecture without parameters, which stay a plain nested dict."""
+
+    config: ModelConfig
+
+    @functools.cached_property
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(jax.eval_shape(lambda: Storm(self.config, nnx.Rngs(0))))
+
+    def abstract(self) -> Params:
+        """Shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`)."""
+        return nnx.to_pure_dict(self._split[1])
+
+    def axes(self) -> Params:
+        """Logical axes of every parameter, in the same tree, tuples at the leaves."""
+
+        def logical(variable) -> Axes:
+            axes = variable.get_metadata()["axes"]
+            stacked = len(variable.get_value().shape) - len(axes)
+            return ("layers",) * stacked + axes
+
+        leaves = {path: logical(v) for path, v in nnx.to_flat_state(self._split[1])}
+        return nnx.traversals.unflatten_mapping(leaves)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random float32 parameters."""
+        return nnx.to_pure_dict(nnx.state(Storm(self.config, nnx.Rngs(key))))
+
+    def bind(self, params: Params) -> Storm:
+        """The model with these parameters, inside a traced function."""
+        graph, abstract = self._split
+        state = jax.tree.map(lambda x: x, abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+    def apply(self, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+        """Logits of a packed batch, float32 [B, S, V]; for training, `training.loss` needs less."""
+        storm = self.bind(params)
+        return storm.decoder.logits(storm(batch))
+
+
+def count_parameters(params: Params) -> int:
+    """Parameters of a tree of arrays or of `jax.ShapeDtypeStruct`."""
+    return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,128 @@
+"""The temporal encoder: Mamba layers over all tokens of a video (paper section 3.2).
+
+Mamba-1 (arXiv 2312.00752). Both directions share the input and output projections; each has its own
+convolution, x_proj, dt_proj, A and D. Their outputs are summed and gated once, and neither direction
+flips a tensor.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from storm_kernels.causal_conv1d import causal_conv1d
+from storm_kernels.selective_scan import selective_scan
+
+from storm_jax.config import TemporalConfig
+from storm_jax.models.layers import LayerNorm, Linear, Stack, parameter
+from storm_jax.parallel import sharding
+
+
+class Direction(nnx.Module):
+    """Convolution and selective scan in one direction, over E inner channels with G states each."""
+
+    def __init__(self, config: TemporalConfig, width: int, *, reverse: bool, rngs: nnx.Rngs):
+        E, G, K = config.expand * width, config.state, config.conv
+        R = config.dt_rank or math.ceil(width / 16)
+        self.reverse = reverse
+        self.dt_rank, self.state = R, G
+        bound = 1 / math.sqrt(K)
+        taps = jax.random.uniform(rngs.params(), (K, E), minval=-bound, maxval=bound)
+        self.conv_weight = parameter(taps, None, "inner")
+        self.conv_bias = parameter(jnp.zeros(E), "inner")
+        self.x_proj = Linear((E,), (R + 2 * G,), ("inner", None), rngs=rngs)
+        self.dt_proj = Linear((R,), (E,), (None, "inner"), rngs=rngs)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = jnp.exp(jax.random.uniform(rngs.params(), (E,), minval=low, maxval=high))
+        # softplus(dt_bias) = dt
+        self.dt_bias = parameter(dt + jnp.log(-jnp.expm1(-dt)), "inner")
+        rates = jnp.tile(jnp.arange(1, G + 1, dtype=jnp.float32), (E, 1))
+        self.A_log = parameter(jnp.log(rates), "inner", None)  # S4D-real initialisation
+        self.D = parameter(jnp.ones(E), "inner")
+
+    def __call__(self, x_BLE: jax.Array, segments_BL: jax.Array) -> jax.Array:
+        inner = ("batch", None, "inner")
+        row = ("batch", None)
+        conv = sharding.per_device(self._conv, (inner, row, (None, "inner"), ("inner",)), inner)
+        x_BLE = conv(x_BLE, segments_BL, self.conv_weight[...], self.conv_bias[...])
+        projected = self.x_proj(x_BLE)
+        R, G = self.dt_rank, self.state
+        dt, B_BLG, C_BLG = jnp.split(projected, [R, R + G], axis=-1)
+        shared = ("batch", None, None)
+        scan = sharding.per_device(
+            self._scan,
+            (inner, inner, ("inner", None), shared, shared, ("inner",), ("inner",), row),
+            inner,
+        )
+        A = -jnp.exp(self.A_log[...])
+        bias = self.dt_bias[...]
+        return scan(x_BLE, self.dt_proj(dt), A, B_BLG, C_BLG, self.D[...], bias, segments_BL)
+
+    def _conv(self, x, segments, weight, bias):
+        return causal_conv1d(
+            x, weight, bias, segment_ids=segments, reverse=self.reverse, activation="silu"
+        )
+
+    def _scan(self, u, delta, A, B, C, D, delta_bias, segments):
+        return selective_scan(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            delta_bias=delta_bias,
+            delta_softplus=True,
+            segment_ids=segments,
+            reverse=self.reverse,
+        )
+
+
+class MambaLayer(nnx.Module):
+    """x + Mixer(LayerNorm(x))."""
+
+    def __init__(self, config: TemporalConfig, width: int, rngs: nnx.Rngs):
+        E = config.expand * width
+        self.norm = LayerNorm(width, config.norm_eps)
+        self.in_proj = Linear((width,), (2, E), ("embed", None, "inner"), rngs=rngs)
+        self.forward = Direction(config, width, reverse=False, rngs=rngs)
+        both = config.direction == "bidirectional"
+        self.backward = Direction(config, width, reverse=True, rngs=rngs) if both else None
+        self.out_proj = Linear((E,), (width,), ("inner", "embed"), rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
+        projected = self.in_proj(self.norm(x_BLD))
+        u_BLE, z_BLE = projected[:, :, 0], projected[:, :, 1]
+        y_BLE = self.forward(u_BLE, segments_BL)
+        if self.backward is not None:
+            y_BLE = y_BLE + self.backward(u_BLE, segments_BL)
+        return x_BLD + self.out_proj(y_BLE * jax.nn.silu(z_BLE))
+
+
+class TemporalEncoder(nnx.Module):
+    """Mixes tokens row by row within a frame and frame by frame, never across videos."""
+
+    def __init__(self, config: TemporalConfig, width: int, rngs: nnx.Rngs):
+        self.blocks = Stack(lambda r: MambaLayer(config, width, r), config.layers, rngs=rngs)
+
+    def __call__(
+        self, x_BFND: jax.Array, frame_segments_BF: jax.Array, remat: str = "none"
+    ) -> jax.Array:
+        """Args:
+          x_BFND: tokens of every frame.
+          frame_segments_BF: int32, the video that a frame belongs to; negative: padding, which
+            neither changes a state nor reaches a neighbour.
+          remat: what the backward pass recomputes, see `Stack.scan`.
+
+        Returns:
+          [B, F, N, D].
+        """
+        B, F, N, D = x_BFND.shape
+        segments_BL = jnp.repeat(frame_segments_BF, N, axis=1)
+
+        def body(layer, x_BLD, _):
+            return layer(x_BLD, segments_BL), None
+
+        x_BLD = sharding.reshape(x_BFND, B, F * N, D)
+        x_BLD, _ = self.blocks.scan(body, x_BLD, remat=remat)
+        return sharding.reshape(x_BLD, B, F, N, D)

@@ -1,0 +1,132 @@
+"""SigLIP vision transformer (arXiv 2303.15343), as PaliGemma and STORM use it: no pooling head."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from storm_jax.config import VitConfig
+from storm_jax.models.attention import attention
+from storm_jax.models.layers import LayerNorm, Linear, Stack, parameter
+from storm_jax.parallel.sharding import reshape, shard
+
+
+class VitBlock(nnx.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: VitConfig, rngs: nnx.Rngs):
+        D, H, C = config.width, config.heads, config.width // config.heads
+        self.norm1 = LayerNorm(D, config.norm_eps)
+        axes = ("embed", "heads", None)
+        self.query = Linear((D,), (H, C), axes, bias=True, rngs=rngs)
+        self.key = Linear((D,), (H, C), axes, bias=True, rngs=rngs)
+        self.value = Linear((D,), (H, C), axes, bias=True, rngs=rngs)
+        self.out = Linear((H, C), (D,), ("heads", None, "embed"), bias=True, rngs=rngs)
+        self.norm2 = LayerNorm(D, config.norm_eps)
+        self.up = Linear((D,), (config.mlp,), ("embed", "mlp"), bias=True, rngs=rngs)
+        self.down = Linear((config.mlp,), (D,), ("mlp", "embed"), bias=True, rngs=rngs)
+        self.scale = C**-0.5
+
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        h = self.norm1(x_BND)
+        h = attention(self.query(h), self.key(h), self.value(h), scale=self.scale)
+        x_BND = x_BND + self.out(h)
+        return x_BND + self.down(jax.nn.gelu(self.up(self.norm2(x_BND)), approximate=True))
+
+
+class Vit(nnx.Module):
+    """Every frame alone: [B, F, H, W, 3] -> [B, F, N, D_v]."""
+
+    def __init__(self, config: VitConfig, rngs: nnx.Rngs):
+        self.config = config
+        pixels = config.patch_size**2 * 3
+        axes = (None, "embed")
+        self.patch = Linear((pixels,), (config.width,), axes, bias=True, rngs=rngs)
+        table = jax.random.normal(rngs.params(), (config.position_grid**2, config.width))
+        self.positions = parameter(config.position_scale * table, None, "embed")
+        # With the last but one layer's output, the last layer and the norm would be dead weight.
+        used = config.layers + 1 + config.output_layer
+        self.blocks = Stack(lambda r: VitBlock(config, r), used, rngs=rngs)
+        self.norm = LayerNorm(config.width, config.norm_eps) if config.output_layer == -1 else None
+
+    def __call__(self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: str = "none") -> jax.Array:
+        """Encodes frames, `frames_per_call` of each row at a time.
+
+        Args:
+          frames_BFHWC: uint8 [B, F, image_size, image_size, 3].
+          dtype: of the computation and the result.
+          remat: what the backward pass recomputes, see `Stack.scan`.
+
+        Returns:
+          Patch features [B, F, N, D_v], N = grid^2, row by row.
+        """
+        F, at_once = frames_BFHWC.shape[1], self.config.frames_per_call
+        calls = math.ceil(F / at_once) if at_once else 1
+        if calls == 1:
+            return self._encode(frames_BFHWC, dtype, remat)
+        # Equal shares waste the fewest padding frames.
+        share = math.ceil(F / calls)
+        padding = ((0, 0), (0, calls * share - F), (0, 0), (0, 0), (0, 0))
+        frames = jnp.pad(frames_BFHWC, padding)
+        B = frames.shape[0]
+        frames = reshape(frames, B, calls, share, *frames.shape[2:])
+        graph, state = nnx.split(self)
+
+        def encode(state, frames):
+            return nnx.merge(graph, state)._encode(frames, dtype, remat)
+
+        if remat != "none":  # the backward pass holds one share's activations at a time
+            encode = jax.checkpoint(encode, prevent_cse=False)
+        features = jax.lax.map(lambda x: encode(state, x), jnp.moveaxis(frames, 1, 0))
+        features = jnp.moveaxis(features, 0, 1)
+        return reshape(features, B, calls * share, *features.shape[3:])[:, :F]
+
+    def _encode(self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: str) -> jax.Array:
+        B, F = frames_BFHWC.shape[:2]
+        grid, patch = self.config.grid, self.config.patch_size
+        side = grid * patch  # a remainder of pixels is not seen: 384 = 27 * 14 + 6
+        x = reshape(frames_BFHWC[:, :, :side, :side], B, F, grid, patch, grid, patch, 3)
+        x = x.transpose(0, 1, 2, 4, 3, 5, 6)
+        x = reshape(x, B * F, grid * grid, patch * patch * 3)
+        x = self.patch((x.astype(jnp.float32) / 127.5 - 1).astype(dtype))
+        positions = resize_positions(self.positions[...], grid)
+        positions = shard(positions, None, None).astype(dtype)
+        x_BND = x + positions
+        x_BND, _ = self.blocks.scan(lambda block, x, _: (block(x), None), x_BND, remat=remat)
+        if self.norm is not None:
+            x_BND = self.norm(x_BND)
+        return reshape(x_BND, B, F, grid * grid, self.config.width)
+
+
+def resize_positions(table: jax.Array, grid: int) -> jax.Array:
+    """Position embeddings for another resolution, [side^2, D] -> [grid^2, D].
+
+    Bicubic without antialiasing and with half-pixel centres, as PyTorch's
+    `interpolate(mode="bicubic", align_corners=False)`, which transformers uses for SigLIP.
+    """
+    side = math.isqrt(table.shape[0])
+    if side == grid:
+        return table
+    weights = jnp.asarray(_bicubic(side, grid), table.dtype)
+    square = table.reshape(side, side, -1)
+    resized = jnp.einsum("ij,kl,jlD->ikD", weights, weights, square, precision="highest")
+    return resized.reshape(grid * grid, -1)
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """Interpolation matrix [new, old], Keys' kernel with a = -0.75, edges repeated."""
+
+    def kernel(x: float) -> float:
+        a, x = -0.75, abs(x)
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            matrix[i, min(max(j, 0), old - 1)] += kernel(centre - j)
+    return matrix

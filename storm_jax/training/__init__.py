@@ -1,0 +1,1 @@
+"""State, loss, optimizer and training step."""

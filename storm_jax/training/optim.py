@@ -1,0 +1,62 @@
+"""AdamW with warm-up and cosine decay, one peak learning rate for each part of the model."""
+
+import jax
+import optax
+
+from storm_jax.config import ConfigError, OptimizerConfig
+from storm_jax.models.storm import PARTS, Params
+
+
+def trainable_parts(config: OptimizerConfig) -> tuple[str, ...]:
+    """Parts with a learning rate; the others are frozen and have no gradient and no moments.
+
+    Raises:
+      ConfigError: every part is frozen.
+    """
+    parts = tuple(part for part in PARTS if getattr(config.rates, part) > 0)
+    if not parts:
+        raise ConfigError("all of train.optimizer.rates are 0: nothing would be trained")
+    return parts
+
+
+def split_parts(params: Params, parts: tuple[str, ...]) -> tuple[Params, Params]:
+    """(trained, frozen): the parameter tree cut at its first level."""
+    trained = {part: tree for part, tree in params.items() if part in parts}
+    frozen = {part: tree for part, tree in params.items() if part not in parts}
+    return trained, frozen
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of update i relative to the peak: linear warm-up, then a cosine."""
+    warmup = round(config.warmup_fraction * steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=1 / max(warmup, 1),
+        peak_value=1.0,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=config.final_fraction,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of the trained parts, to be given trees as `split_parts` makes them."""
+
+    def part_of(tree):
+        return {part: jax.tree.map(lambda _, part=part: part, sub) for part, sub in tree.items()}
+
+    def matrices(tree):
+        return jax.tree_util.tree_map_with_path(_decays, tree)
+
+    rates = {part: optax.scale(-getattr(config.rates, part)) for part in trainable_parts(config)}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, matrices),
+        optax.scale_by_schedule(schedule(config, steps)),
+        optax.partition(rates, part_of),
+    )
+
+
+def _decays(path, _) -> bool:
+    """Weight decay acts on matrices and embeddings, not on norms, biases or the SSM's A, D, dt."""
+    return path[-1].key in ("weight", "table")

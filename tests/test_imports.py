@@ -1,0 +1,100 @@
+"""The import directions of the design: a walk over every import statement of the packages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {"train", "generate"}  # modules of storm_jax that nothing imports
+
+# Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
+MAY_IMPORT = {
+    "config": set(),
+    "parallel": {"config"},
+    "models": {"config", "parallel"},
+    "data": {"config"},
+    "flops": {"config", "models"},
+    "metrics": set(),
+    "training": {"config", "parallel", "models"},
+    "checkpoint": {"config", "models", "training"},
+    "inference": {"config", "parallel", "models", "training", "checkpoint"},
+}
+# Third-party packages that a package must not import.
+FORBIDDEN = {
+    "models": {"torch", "transformers", "av", "grain", "orbax"},
+    "data": {"jax", "flax", "orbax"},
+    "config": {"jax", "flax"},
+    "storm_kernels": {"storm_jax", "flax", "torch"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules(folder: str):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        relative = path.relative_to(ROOT / folder)
+        yield path, relative.parts[0].removesuffix(".py")
+
+
+def test_directions_inside_storm_jax():
+    checked = 0
+    for path, package in modules("storm_jax"):
+        if package == "__init__":
+            assert not imports(path), f"{path} imports something"
+            continue
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("storm_jax.")}
+        assert not used & COMMANDS, f"{path} imports a command"
+        if package not in COMMANDS:
+            extra = used - MAY_IMPORT[package] - {package}
+            assert not extra, f"{path} imports {extra}"
+        checked += 1
+    assert checked > 20
+
+
+def test_forbidden_packages():
+    for folder in ("storm_jax", "kernels"):
+        for path, package in modules(folder):
+            roots = {name.split(".")[0] for name in imports(path)}
+            bad = roots & FORBIDDEN.get(package, set())
+            assert not bad, f"{path} imports {bad}"
+            assert "kernels" not in roots, f"{path} imports the folder kernels/"
+
+
+def test_configs_are_plain():
+    for path, _ in modules("configs"):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert roots <= {"ml_collections", "configs"}, path
+
+
+def test_transformers_imports_beside_the_folder_kernels():
+    # Hugging Face has a package of that name: a kernels/__init__.py here would be taken for it.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "from transformers import PreTrainedTokenizerFast; print(PreTrainedTokenizerFast)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_models_need_neither_torch_nor_a_video_library():
+    code = (
+        "import sys, storm_jax.models.storm;"
+        "bad = {'torch', 'transformers', 'av', 'grain', 'tensorflow'} & set(sys.modules);"
+        "sys.exit(f'imported {bad}' if bad else 0)"
+    )
+    env_path = f"{ROOT}:{ROOT / 'kernels'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONPATH": env_path, "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

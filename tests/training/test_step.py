@@ -1,0 +1,108 @@
+"""The training step: accumulation, frozen parts, meshes, normalisation."""
+
+import jax
+import numpy as np
+import pytest
+
+from storm_jax.config import MeshConfig
+from storm_jax.models.storm import StormModel
+from storm_jax.parallel import sharding
+from storm_jax.parallel.mesh import make_mesh
+from storm_jax.training.optim import make_optimizer, trainable_parts
+from storm_jax.training.state import abstract_state, init_state
+from storm_jax.training.step import make_train_step
+from tests.tiny import packed_batch, run_config
+
+SMALL = {"model.decoder.layers": 1, "train.steps": 4, "train.optimizer.warmup_fraction": 0.0}
+
+
+def run(overrides: dict, mesh_config: MeshConfig, devices: int, steps: int = 2, targets=None):
+    config = run_config(**SMALL, **overrides)
+    model = StormModel(config.model)
+    optimizer = make_optimizer(config.train.optimizer, config.train.steps)
+    parts = trainable_parts(config.train.optimizer)
+    mesh = make_mesh(mesh_config, jax.devices()[:devices])
+    state = init_state(model, optimizer, parts, mesh, seed=0)
+    first = jax.tree.map(np.asarray, state.params)
+    layouts = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, parts, mesh))
+    step = jax.jit(make_train_step(model, optimizer, config.train), donate_argnums=0)
+    metrics = []
+    with jax.set_mesh(mesh):
+        for i in range(steps):
+            batch = packed_batch(config.model, rows=8, length=40, frames=6, seed=i)
+            if targets is not None:
+                batch["targets"][targets:] = -1
+            placed = {
+                k: jax.device_put(
+                    v, sharding.named(("batch", *[None] * (v.ndim - 1)), v.shape, mesh)
+                )
+                for k, v in batch.items()
+            }
+            state, values = step(state, placed)
+            metrics.append({k: float(v) for k, v in values.items()})
+    assert step._cache_size() == 1, "the second step compiled again"
+    moved = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layouts)
+    assert all(jax.tree.leaves(moved)), "the state changed its layout"
+    return first, jax.tree.map(np.asarray, state.params), metrics
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run({}, MeshConfig(1, 1, 1), devices=1)
+
+
+def assert_same(a, b, rtol):
+    for one, other in zip(a[2], b[2], strict=True):
+        for name in one:
+            np.testing.assert_allclose(one[name], other[name], rtol=rtol, err_msg=name)
+
+
+def test_loss_is_the_mean_over_answer_tokens(one_device):
+    metrics = one_device[2][0]
+    assert metrics["answer_tokens"] == 8 * 13
+    # Untrained: about log(vocabulary) for each token.
+    assert abs(metrics["nll"] - np.log(512)) < 1
+
+
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1), (8, 1, 1)])
+def test_meshes_give_the_loss_of_one_device(one_device, axes):
+    assert_same(run({}, MeshConfig(*axes), devices=8), one_device, rtol=1e-5)
+
+
+def test_more_tensor_devices_than_kv_heads(one_device):
+    overrides = {"model.decoder.kv_heads": 1}
+    single = run(overrides, MeshConfig(1, 1, 1), devices=1)
+    assert_same(run(overrides, MeshConfig(2, 1, 4), devices=8), single, rtol=1e-5)
+
+
+def test_accumulation_gives_the_loss_of_the_whole_batch():
+    # Rows without an answer make means of microbatch means wrong.
+    whole = run({}, MeshConfig(1, 1, 1), devices=1, targets=3)
+    cut = run({"train.accumulation": 4}, MeshConfig(1, 1, 1), devices=1, targets=3)
+    assert_same(cut, whole, rtol=1e-5)
+    both = run({"train.accumulation": 4}, MeshConfig(2, 1, 1), devices=2, targets=3)
+    assert_same(both, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ("dots", "full"))
+def test_remat_changes_nothing(one_device, remat):
+    assert_same(run({"train.remat": remat}, MeshConfig(1, 1, 1), devices=1), one_device, rtol=1e-6)
+
+
+def test_frozen_parts_stay_and_the_rest_moves():
+    rates = {"train.optimizer.rates.vit": 0.0, "train.optimizer.rates.decoder": 0.0}
+    before, after, _ = run(rates, MeshConfig(1, 1, 1), devices=1)
+    for part in before:
+        same = jax.tree.leaves(jax.tree.map(np.array_equal, before[part], after[part]))
+        if part in ("vit", "decoder"):
+            assert all(same), part
+        else:
+            assert not any(same), part
+
+
+def test_z_loss_is_added():
+    plain = run({}, MeshConfig(1, 1, 1), devices=1, steps=1)[2][0]
+    with_z = run({"train.z_loss": 0.01}, MeshConfig(1, 1, 1), devices=1, steps=1)[2][0]
+    assert with_z["nll"] == pytest.approx(plain["nll"], rel=1e-6)
+    # log(Z) of an untrained model is near log(512) = 6.2
+    assert 0.3 < with_z["loss"] - with_z["nll"] < 0.5
