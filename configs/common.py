@@ -13,7 +13,7 @@ def vit(name: str) -> ConfigDict:
     c = ConfigDict()
     # SigLIP-So400m/14 as in PaliGemma at 448 pixels; 384 pixels: image_size=384, position_grid=27.
     c.image_size = {"so400m": 448, "base": 224, "tiny": 32}[name]
-    c.patch_size = {"so400m": 14, "base": 16, "tiny": 4}[name]
+    c.patch_size = {"so400m": 14, "base": 16, "tiny": 8}[name]
     c.width = {"so400m": 1152, "base": 768, "tiny": 64}[name]
     c.mlp = {"so400m": 4304, "base": 3072, "tiny": 128}[name]
     c.layers = {"so400m": 27, "base": 12, "tiny": 1}[name]
@@ -39,7 +39,7 @@ def decoder(name: str) -> ConfigDict:
         "gemma3_12b": (262_208, 3840, 48, 16, 8, 256, 15360, 1024),
         "qwen2_1_5b": (151_936, 1536, 28, 12, 2, 128, 8960, 0),
         "qwen2_7b": (152_064, 3584, 28, 28, 4, 128, 18944, 0),
-        "tiny": (512, 64, 2, 4, 2, 16, 256, 64),
+        "tiny": (272, 64, 2, 4, 2, 16, 128, 64),
     }
     c = ConfigDict()
     (
@@ -135,7 +135,7 @@ def run(name: str, size: str) -> ConfigDict:
     c.data.frames = ConfigDict(dict(max_frames=8, fps=0.0, keyframes_only=False))
     c.data.tokenizer = TOKENIZERS[size]
     c.data.chat_template = "qwen2" if size.startswith("qwen2") else "gemma"
-    c.data.sequence_length = 160 if tiny else 1024
+    c.data.sequence_length = 112 if tiny else 1024
     c.data.row_frames = 8
     c.data.pack = not tiny  # a tiny row holds one clip
     c.data.decode_timeout = 30.0  # seconds a file

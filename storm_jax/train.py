@@ -279,6 +279,8 @@ def _say(text: str) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments not understood: {' '.join(argv[1:])}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     config = from_mapping(RunConfig, json.loads(_CONFIG.value.to_json_best_effort()))
     train(config, Path(_WORKDIR.value).expanduser())
 

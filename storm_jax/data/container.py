@@ -12,14 +12,23 @@ import itertools
 import os
 import time
 from collections import deque
+from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.stream import Discard
+from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import Interpolation, VideoReformatter
 
 _BACKOFF = (0.0, 1.0, 4.0, 16.0, 64.0)  # seconds before the target where a seek is tried
 _HALF = 0.52  # frame periods; above 0.5, so that rounded timestamps do not turn ties around
+# Tags that are not UTF-8: PyAV 19 copes by itself, and no longer knows the argument.
+_OPEN: dict[str, Any] = (
+    {} if int(av.__version__.split(".")[0]) > 18 else {"metadata_errors": "replace"}
+)
+_NO_GOAL = -(1 << 62)  # ticks: nothing lies before it, so nothing is skipped
 _GOP_GUESS = 2.0  # seconds between key frames, until the file has shown a longer distance
 _SKIPPING = ("h264", "hevc")  # decoders that were checked to skip unreferenced frames cleanly
 
@@ -58,16 +67,18 @@ class VideoReader:
         self._source = source
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._container = None
+        self._opened = False
         self._gop = _GOP_GUESS
+        self._has_keys = False  # known once a packet marked as a key frame was seen
+        self._seekable = True
         self.duration = 0.0
         self._open()
         self._start = self._stream.start_time or 0
         self.duration = self._header_duration() or self._scan_duration()
         self._find_start()
         stream = self._stream
-        self.codec = stream.codec_context.name
-        self.width, self.height = stream.codec_context.width, stream.codec_context.height
+        self.codec = self._context.name
+        self.width, self.height = self._context.width, self._context.height
         rate = stream.average_rate or stream.guessed_rate or stream.base_rate
         self.fps = float(rate) if rate else max(stream.frames, 1) / max(self.duration, 1e-3)
         estimate = max(1, round(self.duration * self.fps))
@@ -84,8 +95,9 @@ class VideoReader:
 
     def close(self) -> None:
         """Releases the file."""
-        if self._container is not None:
+        if self._opened:
             self._container.close()
+            self._opened = False
 
     def read(
         self, times: np.ndarray, size: int | None = None, keyframes_only: bool = False
@@ -147,26 +159,28 @@ class VideoReader:
         if empty:
             raise self._error("is empty (0 bytes)")
         try:
-            self._container = av.open(source, timeout=self._timeout, metadata_errors="replace")
+            self._container: InputContainer = av.open(source, "r", timeout=self._timeout, **_OPEN)
         except av.ExitError as error:
             raise self._late() from error
         except (av.FFmpegError, OSError) as error:
             hint = " (no video, or cut off)" if isinstance(error, av.InvalidDataError) else ""
             raise self._error(f"cannot be opened: {error.strerror}{hint}") from error
+        self._opened = True
         streams = self._container.streams
         stream = streams.best("video")
         if stream is None:
             kinds = ", ".join(sorted({s.type for s in streams})) or "nothing"
             raise self._error(f"has no video stream (it holds {kinds})")
-        if stream.codec_context is None:
+        context = stream.codec_context
+        if not isinstance(context, VideoCodecContext):
             raise self._error("its video codec has no decoder here")
         for other in streams:
             if other is not stream:
                 other.discard = Discard.all
-        context = stream.codec_context
         context.thread_type, context.thread_count = "NONE", 1
         context.open(strict=False)  # now: dav1d would keep the `skip_frame` of its first packet
-        self._stream, self._context, self._tick = stream, context, stream.time_base
+        self._stream, self._context = stream, context
+        self._tick = stream.time_base or Fraction(1)  # seconds
         self._skips = context.name in _SKIPPING
         self._begin()
 
@@ -176,11 +190,11 @@ class VideoReader:
         self._pending: deque[av.VideoFrame] = deque()
         self._current: av.VideoFrame | None = None
         self._ended = False
-        self._need_key = False
+        self._need_key = self._has_keys
         self._skipped = False  # frames that nothing refers to were passed over
-        self._read_dts = None  # of the packet read last
-        self._read_pts = None  # largest one read
-        self._read_end = None  # largest pts + duration read
+        self._read_dts: int | None = None  # of the packet read last
+        self._read_pts: int | None = None  # largest one read
+        self._read_end: int | None = None  # largest pts + duration read
 
     def _header_duration(self) -> float | None:
         stream = self._stream
@@ -215,11 +229,12 @@ class VideoReader:
         packet = first = self._read_packet()
         while packet is not None and not packet.is_keyframe:  # cut out of a broadcast, say
             packet = self._read_packet()
-        if first is None:
-            raise self._error("holds no frame")
-        if packet is None:  # no packet is marked as a key frame: leave it to the decoder
+        if packet is None and first is not None:  # no key frame is marked: leave it to the decoder
             self._open()
             packet = first = self._read_packet()
+        if packet is None or first is None:
+            raise self._error("holds no frame")
+        self._has_keys = packet.is_keyframe
         # An edit list starts behind its first packets; AVI with B-frames starts one frame later
         # than its header says.
         self._start = max(self._start, packet.pts or self._start)
@@ -243,6 +258,8 @@ class VideoReader:
 
     def _seek_is_shorter(self, goal: int) -> bool:
         """Whether a key frame lies between the packet read last and the goal."""
+        if not self._seekable:
+            return False
         read = self._start if self._read_dts is None else self._read_dts
         if self._indexed:
             entries = self._stream.index_entries
@@ -271,7 +288,8 @@ class VideoReader:
         try:
             self._container.seek(ticks, stream=self._stream)
         except (av.FFmpegError, OSError):
-            return False  # not seekable: read on from the start of the file
+            self._seekable = False  # from now on read forward only
+            return False
         self._begin()
         self._need_key = True
         return True
@@ -313,9 +331,9 @@ class VideoReader:
             raise self._damaged(error) from error
         if packet is None or packet.size == 0:  # the empty packet stands for the end
             return None
-        pts = packet.dts if packet.pts is None else packet.pts
         if packet.dts is not None:
             self._read_dts = packet.dts
+        pts = packet.dts if packet.pts is None else packet.pts
         if pts is not None:
             self._read_pts = pts if self._read_pts is None else max(self._read_pts, pts)
             end = pts + (packet.duration or 0)
@@ -325,13 +343,13 @@ class VideoReader:
     def _last_frame(self, goal: int) -> av.VideoFrame:
         """The file ended before `goal`: its last frame, if that one is still shown at `goal`."""
         end = self._read_end
-        if self._skipped and self._read_pts is not None:
+        if self._skipped and self._read_pts is not None:  # it may have been passed over
             self._seek(self._read_pts)
-            while (frame := self._next_frame(self._read_pts or 0)) is not None:
+            while (frame := self._next_frame(_NO_GOAL)) is not None:
                 self._current = frame
         if self._current is None:
             raise self._error("holds no frame that can be decoded")
-        if end is None or goal > end + 2 * self._tolerance / self._tick:
+        if not self._reaches(goal, end):
             raise self._truncated(goal)
         return self._current
 
@@ -345,7 +363,7 @@ class VideoReader:
         """
         current = self._current
         packet = self._key_packet(goal)
-        if packet is not None and current is not None and packet.pts == _pts(current):
+        if packet is not None and current is not None and _pts(packet) == _pts(current):
             self._current = current
             return current
         frames = []
@@ -354,11 +372,11 @@ class VideoReader:
                 frames = [*self._context.decode(packet), *self._context.decode(None)]
             except av.FFmpegError as error:
                 raise self._damaged(error) from error
-        if not frames:
+        if packet is None or not frames:
             self._open()
             return self._frame_at(goal)
         if frames[0].is_corrupt:
-            raise self._error(f"its key frame at {self._seconds(packet.pts):.2f} s is damaged")
+            raise self._error(f"its key frame at {self._seconds(_pts(packet)):.2f} s is damaged")
         self._current = frames[0]
         return self._current
 
@@ -368,15 +386,14 @@ class VideoReader:
             if ticks <= self._start or not self._jump(ticks):
                 break
             found, packet = None, self._next_key_packet()
-            while packet is not None and packet.pts <= goal:
+            while packet is not None and _pts(packet) <= goal:
                 found = packet
                 if self._indexed and not seconds:  # the demuxer knew which one precedes the goal
                     return found
                 packet = self._next_key_packet()
             if packet is None:  # the end of the file
                 end = self._read_end
-                reached = end is not None and goal <= end + 2 * self._tolerance / self._tick
-                if not reached and (self._indexed or end is not None):
+                if not self._reaches(goal, end) and (self._indexed or end is not None):
                     raise self._truncated(goal)
             if found is not None:
                 return found
@@ -396,6 +413,10 @@ class VideoReader:
 
     def _seconds(self, pts: int) -> float:
         return float((pts - self._start) * self._tick)
+
+    def _reaches(self, goal: int, end: int | None) -> bool:
+        """Whether packets that end at `end` ticks still show something at `goal`."""
+        return end is not None and goal <= end + 2 * self._tolerance / self._tick
 
     def _truncated(self, goal: int) -> MediaError:
         return self._error(
@@ -426,13 +447,27 @@ def to_rgb(frame: av.VideoFrame, size: int | None, reformatter: VideoReformatter
         interpolation=Interpolation.BICUBIC,
         threads=1,
     ).to_ndarray()
-    turns = round(frame.rotation / 90) % 4  # rotation is counter-clockwise, and so is rot90
-    return np.rot90(rgb, turns) if turns else rgb
+    return upright(rgb, frame)
 
 
-def _pts(frame: av.VideoFrame) -> int:
-    """Timestamp in ticks; AVI has decoding times only, which equal the display times there."""
-    pts = frame.dts if frame.pts is None else frame.pts
+def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """`image` [H, W, 3] as the frame's display matrix asks: turned by quarters, mirrored."""
+    try:
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV lists no side data at all beside a kind that it does not know: EXIF
+        return np.rot90(image, round(frame.rotation / 90))
+    if data is None:
+        return image
+    # Rows of 3; (x, y) is shown at (a x + c y, b x + d y), y downwards.
+    a, b, _, c, d = (int(x) for x in np.frombuffer(data, np.int32)[:5])
+    if abs(a) < abs(b):
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _pts(item: av.VideoFrame | av.Packet) -> int:
+    """Timestamp in ticks; where a file has decoding times only, that one."""
+    pts = item.dts if item.pts is None else item.pts
     return 0 if pts is None else pts
 
 

@@ -15,8 +15,11 @@ decoded (unreadable, no probe, too long) is left out of the plan, and is in `Bat
 """
 
 import hashlib
+import multiprocessing
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,11 +27,7 @@ from typing import TYPE_CHECKING
 import grain
 import numpy as np
 from absl import flags
-from grain.experimental import (
-    DatasetOptions,
-    ThreadPrefetchIterDataset,
-    WithOptionsIterDataset,
-)
+from grain.experimental import ThreadPrefetchIterDataset
 
 from storm_jax.config import DataConfig, ModelConfig
 from storm_jax.data import video
@@ -88,7 +87,9 @@ class Batches:
     """
 
     def __init__(self, dataset: grain.IterDataset, steps: int, sources: Sequence[Source]):
-        self._iterator = iter(dataset)
+        self._iterators = [iter(dataset)]  # none once closed
+        # Also when the program ends: Grain's own clean-up comes when its modules are gone already.
+        self._finalize = weakref.finalize(self, _close, self._iterators)
         self.steps = steps
         self.usable = sum(len(source.numbers) for source in sources)
         self.known_bad = tuple(bad for source in sources for bad in source.bad)
@@ -102,19 +103,26 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        if not self._iterators:
+            raise StopIteration
+        batch = next(self._iterators[0])
         self.steps -= 1
         return batch
 
     def close(self):
-        """Ends the threads and worker processes that read ahead."""
-        self._iterator.close()
+        """Ends the threads and worker processes that read ahead; no batch comes after it."""
+        self._finalize()
 
     def __enter__(self) -> "Batches":
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+def _close(iterators: list[grain.DatasetIterator]):
+    while iterators:
+        iterators.pop().close()
 
 
 def train_batches(
@@ -241,8 +249,8 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._share)
 
-    def __getitem__(self, number: int) -> tuple[Row, _RowInfo]:
-        members = self._plan.row(self._share.row(int(number)))
+    def __getitem__(self, index: int) -> tuple[Row, _RowInfo]:
+        members = self._plan.row(self._share.row(int(index)))
         builder = RowBuilder(self._model, self._limits)
         samples: list[SampleInfo] = []
         errors: list[BadRecord] = []
@@ -331,13 +339,11 @@ def _dataset(
         each = max(1, depths.rows // (3 * data.workers))
         each = min(each, _shared_memory_rows(row_bytes, data.workers))
         dataset = dataset.to_iter_dataset(grain.ReadOptions(min(2, each), each))
-        # Without this, arrays of a few bytes go through a shared memory segment of their own too.
-        dataset = WithOptionsIterDataset(dataset, DatasetOptions(min_shm_size=1 << 16))
         if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; commands have parsed them
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=each),
-            worker_init_fn=_keep_off_accelerators,
+            worker_init_fn=_start_worker,
         )
     dataset = dataset.batch(share.local, drop_remainder=True, batch_fn=_collate)
     return ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=depths.batches)
@@ -363,9 +369,18 @@ def _shared_memory_rows(row_bytes: int, workers: int) -> int:
     return rows
 
 
-def _keep_off_accelerators(_worker: int, _workers: int):
-    """A worker that touched the TPU or GPU would take it, or its memory, from the main process."""
+def _start_worker(_worker: int, _workers: int):
+    # A worker that touched the TPU or GPU would take it, or its memory, from the main process.
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax = sys.modules.get("jax")  # Grain imports it, and it has read the environment by then
     if jax is not None:
         jax.config.update("jax_platforms", "cpu")
+    # A worker whose parent was killed would wait for ever to hand over its next row.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -105,12 +105,13 @@ class RecordFile:
           IndexError: there is no such record.
         """
         start, end = (int(x) for x in self._spans[index])
-        if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)
-        text = os.pread(self._file.fileno(), end - start, start)
         where = f"{self.path}: record {index}"
         try:
-            raw = json.loads(text)
+            if self._file is None:
+                self._file = open(self.path, "rb", buffering=0)
+            raw = json.loads(os.pread(self._file.fileno(), end - start, start))
+        except OSError as error:
+            raise RecordError(f"{where} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise RecordError(f"{where} is not JSON: {error}; repair or delete it") from error
         if not isinstance(raw, dict):
@@ -183,7 +184,7 @@ def _medium(item: Any) -> Media:
     path = item.get("path")
     if not isinstance(path, str) or not path:
         raise RecordError(f'medium {item!r} needs a "path"')
-    span = []
+    span: list[float | None] = []
     for key in ("start", "end"):
         value = item.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):

@@ -23,7 +23,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -39,8 +39,13 @@ PLACEHOLDER = re.compile("<video>|<image>")
 
 _QWEN2_SYSTEM = "You are a helpful assistant."
 
-# A piece of a rendered conversation: what it is, and whether the model must learn to produce it.
-_Piece = tuple[Literal["text", "special", "visual"], str, bool]
+
+class _Piece(NamedTuple):
+    """A piece of a rendered conversation."""
+
+    kind: Literal["text", "special", "visual"]
+    text: str
+    loss: bool  # the model must learn to produce it
 
 
 class TokenizerError(ValueError):
@@ -171,12 +176,12 @@ def _render(template: Template, turns: Sequence[Turn], prompt: bool) -> list[_Pi
     if prompt:
         if turns[-1].role != "user":
             raise TemplateError(f"a prompt ends with a user turn, not with {turns[-1].role}")
-        pieces += [("special", header[0], False), ("text", header[1], False)]
+        pieces += [_Piece("special", header[0], False), _Piece("text", header[1], False)]
     return _merge_texts(pieces)
 
 
 def _render_gemma(turns: Sequence[Turn]) -> list[_Piece]:
-    pieces: list[_Piece] = [("special", "<bos>", False)]
+    pieces: list[_Piece] = [_Piece("special", "<bos>", False)]
     prefix = ""
     if turns[0].role == "system":
         prefix = turns[0].text + "\n\n"
@@ -187,10 +192,10 @@ def _render_gemma(turns: Sequence[Turn]) -> list[_Piece]:
                 f"turn {number} is of role {turn.role}: gemma's turns alternate, user first"
             )
         answer = turn.role == "assistant"
-        pieces.append(("special", "<start_of_turn>", False))
-        pieces.append(("text", "model\n" if answer else "user\n" + prefix, False))
+        pieces.append(_Piece("special", "<start_of_turn>", False))
+        pieces.append(_Piece("text", "model\n" if answer else "user\n" + prefix, False))
         pieces += _content(turn.text.strip(), answer)
-        pieces += [("special", "<end_of_turn>", answer), ("text", "\n", False)]
+        pieces += [_Piece("special", "<end_of_turn>", answer), _Piece("text", "\n", False)]
         prefix = ""
     return pieces
 
@@ -201,9 +206,12 @@ def _render_qwen2(turns: Sequence[Turn]) -> list[_Piece]:
         turns = [Turn(role="system", text=_QWEN2_SYSTEM), *turns]
     for turn in turns:
         answer = turn.role == "assistant"
-        pieces += [("special", "<|im_start|>", False), ("text", turn.role + "\n", False)]
+        pieces += [
+            _Piece("special", "<|im_start|>", False),
+            _Piece("text", turn.role + "\n", False),
+        ]
         pieces += _content(turn.text, answer)
-        pieces += [("special", "<|im_end|>", answer), ("text", "\n", False)]
+        pieces += [_Piece("special", "<|im_end|>", answer), _Piece("text", "\n", False)]
     return pieces
 
 
@@ -211,10 +219,10 @@ def _content(text: str, answer: bool) -> list[_Piece]:
     pieces: list[_Piece] = []
     start = 0
     for match in PLACEHOLDER.finditer(text):
-        pieces.append(("text", text[start : match.start()], answer))
-        pieces.append(("visual", match.group(), False))
+        pieces.append(_Piece("text", text[start : match.start()], answer))
+        pieces.append(_Piece("visual", match.group(), False))
         start = match.end()
-    pieces.append(("text", text[start:], answer))
+    pieces.append(_Piece("text", text[start:], answer))
     return pieces
 
 
@@ -224,10 +232,10 @@ def _merge_texts(pieces: list[_Piece]) -> list[_Piece]:
     for kind, text, loss in pieces:
         if kind == "text" and not text:
             continue
-        if merged and kind == "text" and merged[-1][0] == "text" and merged[-1][2] == loss:
-            merged[-1] = ("text", merged[-1][1] + text, loss)
+        if merged and kind == "text" and merged[-1].kind == "text" and merged[-1].loss == loss:
+            merged[-1] = _Piece("text", merged[-1].text + text, loss)
         else:
-            merged.append((kind, text, loss))
+            merged.append(_Piece(kind, text, loss))
     return merged
 
 

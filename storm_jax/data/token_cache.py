@@ -14,6 +14,7 @@ gets another folder. The folders can be deleted at any time.
     strings.json              {"paths": [path, ...], "errors": {record number: message}}
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -51,15 +52,22 @@ class TokenCache:
         self._media = _array(folder / "media.i32", np.int32).reshape(-1, 2)
         self._clips = _array(folder / "clips.f64", np.float64).reshape(-1, 2)
         self._media_offsets = _array(folder / "media_offsets.i64", np.int64)
-        strings = json.loads((folder / "strings.json").read_text(encoding="utf-8"))
-        self._paths: list[str] = strings["paths"]
-        self.errors: dict[int, str] = {int(k): v for k, v in strings["errors"].items()}
 
     def __reduce__(self):
         return TokenCache, (self._folder,)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    @functools.cached_property
+    def _strings(self) -> dict[str, Any]:
+        # Read when needed: workers never do, and paths can be many megabytes.
+        return json.loads((self._folder / "strings.json").read_text(encoding="utf-8"))
+
+    @functools.cached_property
+    def errors(self) -> dict[int, str]:
+        """Messages of the records that cannot be used, by record number."""
+        return {int(number): message for number, message in self._strings["errors"].items()}
 
     def text(self, record: int) -> Encoded:
         """The conversation with a single VISUAL for each medium."""
@@ -85,10 +93,11 @@ class TokenCache:
         # Compared as bytes: NaN, for no start or end, differs from itself as a number.
         keys = np.ascontiguousarray(both).view(np.dtype((np.void, 32)))[:, 0]
         _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        paths = self._strings["paths"]
         media = [
             Media(
                 kind=_KINDS[int(kind)],
-                path=self._paths[int(path)],
+                path=paths[int(path)],
                 start=None if math.isnan(start) else start,
                 end=None if math.isnan(end) else end,
             )

@@ -38,7 +38,7 @@ def find_bad(records: RecordFile, table: ProbeTable) -> list[tuple[int, str]]:
 def summary(records: RecordFile, table: ProbeTable, bad: Sequence[tuple[int, str]]) -> str:
     """What the data set holds, as text for people."""
     probes = table.probes()
-    kinds = collections.Counter(p.kind for p in probes)
+    kinds = collections.Counter(str(p.kind) for p in probes)
     lines = [
         f"{records.path}: {len(records):,} records, {len(bad):,} bad",
         f"media root  {records.media_root}",

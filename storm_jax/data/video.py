@@ -248,12 +248,11 @@ def _image_frame(path: str) -> av.VideoFrame:
         raise MediaError(path, "is empty (0 bytes)")
     try:
         # From bytes: given a name, FFmpeg would take "%03d" in it for a pattern.
-        with av.open(io.BytesIO(data)) as container:
-            stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
+        with av.open(io.BytesIO(data), "r") as container:
+            if not container.streams.video:
                 raise MediaError(path, "is not an image")
-            stream.codec_context.thread_type = "NONE"
-            for frame in container.decode(stream):
+            container.streams.video[0].thread_type = "NONE"
+            for frame in container.decode(video=0):
                 return frame
     except av.FFmpegError as error:
         raise MediaError(path, f"is not an image that can be read: {error.strerror}") from error

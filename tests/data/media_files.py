@@ -49,7 +49,9 @@ def write(
     fps: int = 30,
     pts: Sequence[int] | None = None,
     rotation: int = 0,
+    mirrored: bool = False,
     audio_seconds: float = 0.0,
+    hold: int = 0,
     number: int = 0,
 ) -> Path:
     """Writes a video of `count` frames, numbered from `number` on.
@@ -58,7 +60,9 @@ def write(
       options, container: of the encoder and of the muxer; gop size and B-frames are options.
       pts: timestamps in units of 1 / (100 * fps); 100 apart from 0 on by default.
       rotation: degrees counter-clockwise that players must turn the picture.
+      mirrored: players must then mirror it, left to right.
       audio_seconds: length of a silent audio track, 0 for none.
+      hold: how long the last frame is shown, in units of pts; 0: as long as the others.
     """
     with av.open(str(path), "w", format=format, options=container or {}) as output:
         stream = output.add_stream(codec, rate=fps, options=options or {})
@@ -68,8 +72,8 @@ def write(
         step = 1 if codec in ("mpeg4", "gif") else 100  # the others' clocks are finer than frames
         tick = fractions.Fraction(1, step * fps)
         stream.codec_context.time_base = tick
-        if rotation:
-            stream.set_display_rotation(rotation)
+        if rotation or mirrored:
+            stream.set_display_rotation(rotation, hflip=mirrored)
         if audio_seconds:
             sound = output.add_stream("aac", rate=16000, layout="mono")
         for i in range(count):
@@ -77,7 +81,11 @@ def write(
             frame.time_base = tick
             frame.pts = i * step if pts is None else pts[i]
             output.mux(stream.encode(frame))
-        output.mux(stream.encode())
+        packets = stream.encode()
+        if hold:
+            last = max(packets, key=lambda packet: packet.pts)
+            last.duration = int(hold * tick / last.time_base)
+        output.mux(packets)
         if audio_seconds:
             _silence(output, sound, audio_seconds)
     return path
@@ -97,12 +105,15 @@ def _silence(output, stream, seconds: float) -> None:
     output.mux(stream.encode())
 
 
-def cut_edit_list(path: Path, media_time: int, duration: int) -> None:
-    """Rewrites an mp4's only edit: show `duration` (ms) from `media_time` (track ticks) on."""
+def cut_edit_list(path: Path, media_time: int, seconds: float) -> None:
+    """Rewrites an mp4's only edit: show `seconds` from `media_time` (ticks of the track) on."""
     data = bytearray(path.read_bytes())
+    movie = data.index(b"mvhd")
+    (timescale,) = struct.unpack(">I", data[movie + 16 : movie + 20])
     at = data.index(b"elst") + 4
-    assert data[at] == 0 and struct.unpack(">I", data[at + 4 : at + 8]) == (1,)
-    data[at + 8 : at + 16] = struct.pack(">Ii", duration, media_time)
+    assert data[movie + 4] == data[at] == 0  # versions with 32-bit fields
+    assert struct.unpack(">I", data[at + 4 : at + 8]) == (1,)
+    data[at + 8 : at + 16] = struct.pack(">Ii", int(seconds * timescale), media_time)
     path.write_bytes(data)
 
 

@@ -9,7 +9,6 @@ import av
 import numpy as np
 import pytest
 
-from storm_jax import config
 from storm_jax.config import VISUAL, DataConfig, FrameConfig, SourceConfig
 from storm_jax.data import pipeline, text, video
 from storm_jax.data.records import Media, RecordFile
@@ -361,6 +360,7 @@ def test_bad_records_known_beforehand_are_listed(tmp_path, tokenizer):
         record("frames", [("video", "a6.mp4"), ("video", "a5.mp4")], "?"),
         record("outside", [("video", "a6.mp4")], "?"),
         record("silent", [("video", "a0.mp4")], "?"),
+        record("half", [("image", "a0a.png"), ("image", "gone.png")], "?"),
     ]
     bad[3]["conversations"][0]["value"] = "no place for the video"
     bad[6]["media"][0]["start"] = 99
@@ -371,7 +371,7 @@ def test_bad_records_known_beforehand_are_listed(tmp_path, tokenizer):
 
     got, batches = train(data_config(SourceConfig(str(mixed))), tokenizer)
     reasons = {record.id: record.reason for record in batches.known_bad}
-    assert len(batches.known_bad) == len(reasons) == 9
+    assert len(batches.known_bad) == len(reasons) == 10
     assert batches.usable == len(good)
     for name, parts in {
         "missing": ["gone.mp4"],
@@ -382,10 +382,12 @@ def test_bad_records_known_beforehand_are_listed(tmp_path, tokenizer):
         "frames": ["needs 15 frames (2 media), but data.row_frames=12"],
         "outside": ["start=99"],
         "record 10": ["no answer"],
-        "record 24": ["not JSON"],
+        "half": ["gone.png"],
+        "record 25": ["not JSON"],
     }.items():
         for part in parts:
             assert part in reasons[name], (name, reasons[name])
+    assert "a0a.png" not in reasons["half"]
     assert {record.source for record in batches.known_bad} == {"mixed"}
 
     # The others come as if the bad ones had never been in the file.
@@ -440,20 +442,21 @@ def test_fewer_frames_than_planned_shrink_the_sample(tmp_path, tokenizer):
     assert (batch.arrays["tokens"] == VISUAL).sum() == 2 * 4
 
 
-def test_more_frames_than_planned_fit_or_are_an_error(tmp_path, tokenizer):
-    write_video(str(tmp_path / "v.mp4"), clip(2, 0))
-    write_video(str(tmp_path / "w.mp4"), clip(8, 1))
+def test_a_sample_that_has_grown_does_not_take_the_room_of_another(tmp_path, tokenizer):
+    """Planned are v with 5 frames, then w with 4; v turns out to have 8."""
+    write_video(str(tmp_path / "w.mp4"), clip(4, 1))
     questions = [record(name, [("video", f"{name}.mp4")], "?") for name in "vw"]
     source = write_records(tmp_path / "s.jsonl", questions)
-    for frames, errors in ((12, 1), (16, 0)):
-        write_video(str(tmp_path / "v.mp4"), clip(2, 0))
-        data = data_config(source, row_frames=frames)
+    for row_frames, got in ((11, ["w"]), (12, ["v", "w"])):
+        write_video(str(tmp_path / "v.mp4"), clip(5, 0))
+        data = data_config(source, row_frames=row_frames)
         with pipeline.train_batches(data, MODEL, tokenizer, batch=1, steps=1) as batches:
             write_video(str(tmp_path / "v.mp4"), clip(8, 0))
             (batch,) = list(batches)
-        assert len(batch.info.errors) == errors
-        assert [info.id for info in batch.info.rows[0]] == (["w"] if errors else ["w", "v"])
-    # With 12 frames: w has 8, so that 4 are left, and v has become 8.
+        assert [info.id for info in batch.info.rows[0]] == got
+        assert len(batch.info.errors) == 2 - len(got)
+        for error in batch.info.errors:
+            assert error.id == "v" and "8 frames" in error.reason and "7 frames" in error.reason
 
 
 def test_too_many_bad_records_stop_the_run_at_once(tmp_path, tokenizer):
@@ -504,6 +507,21 @@ def test_memory_budget_sets_how_much_is_read_ahead():
     assert pipeline._depths(2048, 60_000, 64) == pipeline._Depths(2, 1024)
 
 
+def test_nothing_comes_after_the_end_or_after_close(tmp_path, tokenizer):
+    data = data_config(make_set(tmp_path, "a"))
+    with pipeline.train_batches(data, MODEL, tokenizer, batch=4, steps=3) as batches:
+        assert batches.steps == 3
+        next(batches)
+        assert batches.steps == 2
+        assert len(list(batches)) == 2 and batches.steps == 0
+        assert list(batches) == []
+    batches = pipeline.train_batches(data, MODEL, tokenizer, batch=4, steps=30)
+    next(batches)
+    batches.close()
+    batches.close()
+    assert list(batches) == []
+
+
 def test_rows_too_large_for_shared_memory(tmp_path):
     with pytest.raises(DataError, match="/dev/shm has .* 8 data workers need at least"):
         pipeline._shared_memory_rows(1 << 50, 8)
@@ -513,7 +531,6 @@ def test_configuration_is_that_of_the_run(tmp_path, tokenizer):
     """Other sizes reach the arrays: nothing here is tied to the sizes of the tests above."""
     data = data_config(make_set(tmp_path, "a"), sequence_length=300, row_frames=9)
     model = small_model(image_size=48, patch_size=16, temporal_pool=4)
-    assert isinstance(model, config.ModelConfig)
     with pipeline.train_batches(data, model, tokenizer, batch=2, steps=1) as batches:
         (batch,) = list(batches)
     assert batch.arrays["frames"].shape == (2, 9, 48, 48, 3)

@@ -199,6 +199,13 @@ def test_data_cannot_forge_special_tokens(tokenizer):
     assert (encoded.tokens == BOS).sum() == 1
 
 
+def test_visual_tokens_are_never_learnt(tokenizer):
+    conversation = turns(("user", "draw"), ("assistant", "a<image>b"))
+    encoded = text.encode(tokenizer, "qwen2", conversation, [2])
+    assert (encoded.tokens[encoded.loss] != VISUAL).all()
+    assert bytes(encoded.tokens[encoded.loss][:2].tolist()) == b"ab"
+
+
 def test_many_conversations_at_once_equal_one_by_one(tokenizer):
     conversations = [
         turns(("user", f"<video>\n{i}?"), ("assistant", "yes" if i % 2 else f"no {i}"))

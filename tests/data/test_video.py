@@ -67,7 +67,7 @@ def file(folder):
         if not path.exists():
             write(path, **({"count": COUNT} | FILES[name]))
             if name == "edit_list.mp4":
-                cut_edit_list(path, media_time=3700 * 4 + 200, duration=2500)
+                cut_edit_list(path, media_time=3700 * 4 + 200, seconds=2.5)
         return path
 
     return get
@@ -158,14 +158,29 @@ def test_rotation_turns_the_picture_upright(file):
     assert (found.width, found.height, found.rotation) == (64, 48, 90)
     frames, _ = decode(str(file("rotated.mp4")), n=2)
     assert frames.shape == (2, 64, 48, 3)
-    # Counter-clockwise: what is stored at the right comes to the top.
-    upright = picture(119)[:, ::-1].transpose(1, 0, 2)
-    assert np.abs(frames[1].astype(int) - upright).mean() < 12
-    assert np.abs(frames[1].astype(int) - upright[::-1, ::-1]).mean() > 40
     square, _ = decode(str(file("rotated.mp4")), n=2, size=32)
     assert square.shape == (2, 32, 32, 3)
-    small = upright.reshape(32, 2, 48, 3).mean(1)
-    assert np.abs(square[1].astype(int).mean(1) - small.mean(1)).mean() < 8
+    # Counter-clockwise: what is stored at the right comes to the top.
+    small = picture(119)[:, ::-1].transpose(1, 0, 2).reshape(32, 2, 48, 3).mean(1)
+    assert np.abs(square[1].mean(1) - small.mean(1)).mean() < 8
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+def test_all_eight_orientations_of_a_video(folder, rotation, mirrored):
+    path = folder / f"turned_{rotation}_{mirrored}.mp4"
+    write(path, 1, options=H264, size=(48, 48), number=11, rotation=rotation, mirrored=mirrored)
+    frames, _ = decode(str(path), n=1)
+    stored = picture(11, 48, 48).astype(int)
+    error = {
+        (turn, flip): np.abs(
+            frames[0] - np.rot90(stored, turn // 90)[:, :: -1 if flip else 1]
+        ).mean()
+        for turn in (0, 90, 180, 270)
+        for flip in (False, True)
+    }
+    assert min(error, key=error.get) == (rotation, mirrored) and error[rotation, mirrored] < 12
+    assert sorted(error.values())[1] > 1.5 * error[rotation, mirrored]
 
 
 def test_size_scales_the_whole_frame(file):
@@ -202,6 +217,18 @@ def test_key_frames_are_at_or_before_the_targets(file, name):
     assert (late[real > real[0]] <= 0.5 / 30 + 2e-3).all()
     if name not in ("intra_refresh.ts", "edit_list.mp4", "variable_rate.mp4"):
         assert (late >= -27 / 30).all()
+
+
+def test_last_frame_is_shown_until_the_end(folder):
+    """60 frames in 2 s, the last of them shown for 4 s more: nothing is missing at the end."""
+    path = write(folder / "held.mp4", 60, options=H264, hold=12100)
+    assert probe(str(path)).duration == pytest.approx(6.0, abs=0.05)
+    frames, times = decode(str(path), n=6)  # at 0, 1.18, 2.36 ... s, less 0.52 * 0.1 s
+    assert read_numbers(frames) == [0, 34, 59, 59, 59, 59]
+    assert times.max() == pytest.approx(59 / 30)
+    assert read_numbers(decode(str(path), n=2, start=5.0)[0]) == [59, 59]
+    keys, _ = decode(str(path), n=6, keyframes_only=True)
+    assert read_numbers(keys) == [0, 25, 50, 50, 50, 50]
 
 
 # ----------------------------------------------------------------------------------- damaged files
@@ -293,6 +320,21 @@ def test_stream_cut_out_of_a_broadcast(folder, file):
     np.testing.assert_allclose(np.diff(numbers) / 30, np.diff(times), atol=1e-6)
 
 
+def test_picture_size_changes_on_the_way(folder):
+    parts = []
+    for name, size, first in (("small.ts", (64, 48), 0), ("large.ts", (96, 72), 30)):
+        pts = range(first * 100, first * 100 + 3000, 100)
+        write(folder / name, 30, options=H264 | {"bf": "0"}, pts=pts, size=size, number=first)
+        parts.append((folder / name).read_bytes())
+    path = folder / "joined.ts"
+    path.write_bytes(b"".join(parts))
+    frames, times = decode(str(path), n=7, size=48)
+    assert read_numbers(frames) == [0, 10, 20, 29, 39, 49, 59]
+    np.testing.assert_allclose(times * 30, [0, 10, 20, 29, 39, 49, 59], atol=1e-3)
+    with pytest.raises(MediaError, match="picture size changes at 1.31 s from 64x48 to 96x72"):
+        decode(str(path), n=7)
+
+
 def test_no_timestamps(folder):
     path = write(folder / "raw.h264", 10, options=H264, format="h264")
     with pytest.raises(MediaError, match="no timestamps"):
@@ -319,6 +361,14 @@ def test_time_limit(file):
     with pytest.raises(MediaError, match="took longer than 1e-09 s"):
         decode(str(file("h264.mp4")), n=8, timeout=1e-9)
     assert len(decode(str(file("h264.mp4")), n=8, timeout=60.0)[0]) == 8
+
+
+def test_tags_that_are_not_utf8(folder, file):
+    data = file("h264.mkv").read_bytes()
+    assert b"matroska" in data and data.count(b"Lavf") >= 1
+    path = folder / "tags.mkv"
+    path.write_bytes(data.replace(b"Lavf", b"L\xe9\xff\xfe"))  # the name of the writing program
+    assert read_numbers(decode(str(path), n=2)[0]) == [0, 119]
 
 
 def test_arguments(file):
@@ -413,6 +463,29 @@ def test_images(folder, name):
     frames, times = sample(media, FrameConfig(max_frames=8), 48)
     assert read_numbers(frames) == [341] and times.tolist() == [0.0]
     assert frame_count(found, media, FrameConfig(max_frames=8)) == 1
+
+
+ORIENTATIONS = {  # of EXIF: what the stored picture looks like when it is shown
+    1: lambda p: p,
+    3: lambda p: p[::-1, ::-1],
+    6: lambda p: np.rot90(p, -1),
+    8: lambda p: np.rot90(p, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_orientation_of_photographs(folder, orientation):
+    path = folder / f"photo{orientation}.jpg"
+    write(path, 1, codec="mjpeg", format="image2", pix_fmt="yuvj420p", size=(64, 64), number=341)
+    data = path.read_bytes()
+    tag = b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0" + bytes([orientation]) + bytes(6)
+    length = (len(tag) + 2).to_bytes(2, "big")
+    path.write_bytes(data[:2] + b"\xff\xe1" + length + tag + data[2:])
+    frames, _ = sample(Media("image", str(path)), FrameConfig(max_frames=1), 64)
+    stored = picture(341, 64, 64).astype(int)
+    error = {k: np.abs(frames[0] - turn(stored)).mean() for k, turn in ORIENTATIONS.items()}
+    assert error[orientation] < 8, error
+    assert min(v for k, v in error.items() if k != orientation) > 15, error
 
 
 def test_bad_images_and_folders(folder):

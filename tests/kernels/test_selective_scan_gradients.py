@@ -62,7 +62,7 @@ def test_finite_differences_in_float64(implementation, reverse):
         )  # fmt: skip
         operands, ids = split(case)
 
-        @quick
+        @jax.jit
         def scan(operands):
             return selective_scan(
                 **operands, segment_ids=ids, delta_softplus=True, reverse=reverse,
@@ -93,9 +93,16 @@ def test_one_element_of_every_gradient_against_the_numpy_loop():
             np.testing.assert_allclose(got[name][at], slope, 1e-6, 1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("form", ["steps", "associative"])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize(
+    ("form", "reverse", "segments"),
+    [
+        ("steps", False, True),
+        ("steps", True, True),
+        ("steps", False, False),
+        ("associative", False, True),
+        ("associative", True, True),
+    ],
+)
 def test_xla_equals_the_reference_in_float64(form, reverse, segments, monkeypatch):
     platforms = ("cpu",) if form == "associative" else ()
     monkeypatch.setattr(xla_chunk, "ASSOCIATIVE_PLATFORMS", platforms)
@@ -106,8 +113,8 @@ def test_xla_equals_the_reference_in_float64(form, reverse, segments, monkeypatc
         expected = gradients(operands, ids, implementation="reference", reverse=reverse)
         got = gradients(operands, ids, implementation="xla", reverse=reverse, chunk_size=5)
         check(got, expected, 1e-10, 1e-11)
-        if not segments:
-            return
+        if form == "associative" or not segments:
+            return  # the layout concerns loading and storing alone
         got = gradients(
             swapped(operands), ids, implementation="xla", reverse=reverse, chunk_size=5,
             layout="bdl",

@@ -1,7 +1,7 @@
 """Published implementations (transformers, eager, float32) and their weights in our layout.
 
-A second statement of what `storm_jax.interop` does for users, kept apart from it so that neither can
-hide the other's mistake.
+A second statement of what `storm_jax.interop` does for users, kept apart from it so that neither
+can hide the other's mistake.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,8 @@ import torch
 from flax import nnx
 
 from storm_jax.config import DecoderConfig, ModelConfig, from_mapping
+
+torch.set_num_threads(1)  # these models are too small to share out
 
 
 def tiny_model(**parts) -> ModelConfig:
@@ -253,7 +255,7 @@ def decoder_params(model: torch.nn.Module, config: DecoderConfig) -> dict:
 
 
 def flat_square(x: torch.Tensor) -> torch.Tensor:
-    """VILA's `flat_square_2x2` (llava/model/multimodal_projector/base_projector.py), from memory."""
+    """VILA's `flat_square_2x2` (multimodal_projector/base_projector.py), from memory."""
     n, w, h, c = x.shape
     if w % 2:
         x = torch.cat([x, torch.zeros(n, 1, h, c)], dim=1)

@@ -160,7 +160,7 @@ def test_logits_are_those_of_transformers(family, length):
 
 @pytest.mark.slow
 def test_every_setting_has_its_part_in_these_models(family):
-    """Each field that the families differ in changes the logits, so the parity above is about it."""
+    """Each field that the families differ in changes the logits: the parity above is about it."""
     config, ids = family.config, random_ids(2, LENGTH)
     base = whole(family, ids)
     changes = {

@@ -1,4 +1,4 @@
-"""Token reduction against plain loops in float64, and the count of tokens that everyone relies on."""
+"""Token reduction against plain loops in float64, and the count that everyone relies on."""
 
 import itertools
 

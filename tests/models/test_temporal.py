@@ -190,7 +190,8 @@ def test_only_bidirectional_looks_ahead():
         assert np.abs(a - b)[1, 4:].max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat):
     temporal, params, x = config("forward", 2), random_params("forward", 2), tokens()
 

@@ -147,7 +147,12 @@ def all_at_once(loss_and_gradient):
 # 5 frames: shares of 1, of 2 (one frame of padding), of 3 (5 = 3 + 2), more than there are.
 @pytest.mark.parametrize(
     "frames_per_call,remat",
-    [(1, "none"), (2, "full"), (3, "none"), (8, "none"), (0, "full"), (0, "dots")],
+    [
+        (2, "full"),
+        (3, "none"),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(1, "none"), (8, "none")]),
+        *(pytest.param(0, r, marks=pytest.mark.slow) for r in ("full", "dots")),
+    ],
 )
 def test_micro_batches_and_remat_change_nothing(
     loss_and_gradient, all_at_once, frames_per_call, remat
@@ -161,7 +166,7 @@ def test_micro_batches_and_remat_change_nothing(
     jax.tree.map(close, grads, all_at_once[1])
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_micro_batches_bound_the_memory_of_many_frames(siglip, remat):
     """Forward alone without remat, forward and backward with it."""
 
@@ -170,7 +175,9 @@ def test_micro_batches_bound_the_memory_of_many_frames(siglip, remat):
 
     def temporaries(frames_per_call):
         def total(params, images):
-            return features(config(28, frames_per_call=frames_per_call), params, images, remat).sum()
+            return features(
+                config(28, frames_per_call=frames_per_call), params, images, remat
+            ).sum()
 
         f = total if remat == "none" else jax.grad(total)
         return jax.jit(f).lower(params, images).compile().memory_analysis().temp_size_in_bytes

@@ -3,7 +3,9 @@
 # Positions in a chunk of the XLA scan. It saves one state per chunk and holds the states of one
 # chunk while it runs backward.
 XLA_CHUNK = {
-    "cpu": 32,  # measured, benchmarks/results/scan_cpu.json
+    # Measured once, lowest of 5, on an earlier form of the steps: 8 to 32 within 4 % at L = 4096;
+    # at B = 64, L = 128 8 was the best without gate and skip (81 ms, 16 and 32: 84), 16 with (94).
+    "cpu": 16,
     "gpu": 64,  # not measured here; 64 and 256 were within 10 % on an H100 (kernels.md section 8)
     "tpu": 128,  # not measured
 }

@@ -1,0 +1,58 @@
+"""A small data set of real mp4 files, and a way to run the commands as users do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storm_jax.data import synthetic
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    """A folder with train.jsonl and test.jsonl, 64 and 24 records."""
+    folder = tmp_path_factory.mktemp("videos")
+    synthetic.write_split(str(folder), "train", 64, seed=0)
+    synthetic.write_split(str(folder), "test", 24, seed=1)
+    return folder
+
+
+class Command:
+    """Runs `python -m storm_jax.NAME` in the repository's root on one simulated device."""
+
+    def __init__(self, name: str, *arguments: str):
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"storm_jax.{name}", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, timeout: float = 300) -> tuple[int, str, str]:
+        """Waits; returns exit status, standard output and standard error."""
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, err
+
+
+def training(videos: Path, workdir: Path, *overrides: str) -> Command:
+    """`storm_jax.train` with configs/debug.py on the small data set."""
+    return Command(
+        "train",
+        "--config=configs/debug.py",
+        f"--workdir={workdir}",
+        f"--config.data.train[0].path={videos / 'train.jsonl'}",
+        f"--config.data.eval[0].path={videos / 'test.jsonl'}",
+        *overrides,
+    )

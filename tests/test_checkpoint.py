@@ -1,0 +1,121 @@
+"""Checkpoints: exact, laid out anew on another mesh, and clear about what does not fit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from storm_jax import checkpoint
+from storm_jax.checkpoint import CheckpointError, Checkpoints
+from storm_jax.config import CheckpointConfig, MeshConfig
+from storm_jax.models.storm import StormModel
+from storm_jax.parallel.mesh import make_mesh
+from storm_jax.training.optim import make_optimizer, trainable_parts
+from storm_jax.training.state import abstract_state, init_state
+from tests.tiny import run_config
+
+
+def setup(config, devices: int, mesh: MeshConfig):
+    model = StormModel(config.model)
+    optimizer = make_optimizer(config.train.optimizer, config.train.steps)
+    parts = trainable_parts(config.train.optimizer)
+    return model, optimizer, parts, make_mesh(mesh, jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    config = run_config()
+    state = init_state(*setup(config, 8, MeshConfig(2, 2, 2)), seed=3)
+    workdir = tmp_path_factory.mktemp("run")
+    store = Checkpoints(workdir, CheckpointConfig(every=1, keep=2))
+    for step in (1, 2, 3):
+        store.save(state, step, config)
+    store.close()
+    return workdir, config, jax.tree.map(np.asarray, state)
+
+
+def test_keeps_the_newest(saved):
+    folder, step = checkpoint.find(saved[0])
+    assert step == 3
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "3"]
+
+
+def test_restores_exactly_on_another_mesh(saved):
+    workdir, config, state = saved
+    abstract = abstract_state(*setup(config, 4, MeshConfig(1, 4, 1)))
+    restored = Checkpoints(workdir, config.train.checkpoint).restore(abstract, 3)
+    assert jax.tree.structure(restored) == jax.tree.structure(abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    layouts = jax.tree.map(
+        lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim), restored, abstract
+    )
+    assert all(jax.tree.leaves(layouts))
+
+
+def test_config_travels_along(saved):
+    assert checkpoint.read_config(saved[0]) == saved[1]
+    assert checkpoint.read_config(saved[0] / "checkpoints" / "2") == saved[1]
+
+
+def test_single_parts_can_be_read(saved):
+    workdir, config, state = saved
+    abstract = StormModel(config.model).abstract()["temporal"]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+    )
+    params = checkpoint.load_params(workdir, {"temporal": abstract})
+    assert set(params) == {"temporal"}
+    jax.tree.map(np.testing.assert_array_equal, params["temporal"], state.params["temporal"])
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("model.decoder.mlp", 96, r"decoder/blocks/layers/down/weight is \(2, 128, 64\) there and"),
+        ("model.temporal.layers", 0, "has parameter temporal/.*, this model has not"),
+        ("model.decoder.qk_norm", False, "has parameter decoder/blocks/layers/key_norm/scale"),
+        ("model.decoder.qkv_bias", True, "lacks parameter decoder/blocks/layers/key/bias"),
+    ],
+)
+def test_another_architecture_names_the_first_difference(saved, field, value, message):
+    abstract = abstract_state(*setup(run_config(**{field: value}), 1, MeshConfig(1, 1, 1)))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(saved[0], CheckpointConfig(every=1)).restore(abstract, 3)
+
+
+def test_other_frozen_parts_are_explained(saved):
+    config = run_config(**{"train.optimizer.rates.vit": 0.0})
+    abstract = abstract_state(*setup(config, 1, MeshConfig(1, 1, 1)))
+    with pytest.raises(CheckpointError, match="another optimizer state.*init_from.all"):
+        Checkpoints(saved[0], CheckpointConfig(every=1)).restore(abstract, 3)
+
+
+def test_missing_checkpoints(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="give a training workdir"):
+        checkpoint.find(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint at .*9; .*\[2, 3\]"):
+        checkpoint.find(saved[0] / "checkpoints" / "9")
+
+
+def test_half_written_checkpoint_is_not_found(saved, tmp_path):
+    """What a kill in mid-save leaves behind: a temporary folder."""
+    config, state = saved[1], saved[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(every=1))
+    store.save(jax.tree.map(jax.numpy.asarray, state), 5, config)
+    store.close()
+    (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    assert checkpoint.find(tmp_path)[1] == 5
+    assert Checkpoints(tmp_path, CheckpointConfig(every=1)).latest() == 5
+
+
+def test_layout_version_is_checked(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LAYOUT", 2)
+    with pytest.raises(CheckpointError, match="layout version 1, this storm_jax reads version 2"):
+        checkpoint.read_config(saved[0])
+
+
+def test_metadata_is_plain_json(saved):
+    text = (saved[0] / "checkpoints" / "3" / "_CHECKPOINT_METADATA").read_text()
+    assert json.loads(text)["custom_metadata"]["config"]["name"] == "debug_tiny"
