@@ -20,7 +20,7 @@ setup(
     package_dir={"storm_kernels": "kernels/storm_kernels"},
     install_requires=[
         "absl-py>=2.1",
-        "av>=15.1",
+        "av>=18",  # earlier ones lack what exact seeking needs
         "flax>=0.12.8",
         "grain>=0.2.18",
         "jax>=0.10.2",
@@ -44,6 +44,7 @@ setup(
             "pyrefly>=1.0",
             "pytest>=8.3",
             "ruff>=0.15",
+            "pytest-xdist>=3.6",
             "torch==2.13.0",
         ],
     },

@@ -39,7 +39,7 @@ def decoder(name: str) -> ConfigDict:
         "gemma3_12b": (262_208, 3840, 48, 16, 8, 256, 15360, 1024),
         "qwen2_1_5b": (151_936, 1536, 28, 12, 2, 128, 8960, 0),
         "qwen2_7b": (152_064, 3584, 28, 28, 4, 128, 18944, 0),
-        "tiny": (272, 64, 2, 4, 2, 16, 128, 64),
+        "tiny": (384, 64, 2, 4, 2, 16, 128, 64),
     }
     c = ConfigDict()
     (
@@ -81,7 +81,7 @@ TOKENIZERS = {
     "gemma3_12b": "google/gemma-3-12b-it",
     "qwen2_1_5b": "Qwen/Qwen2-1.5B-Instruct",
     "qwen2_7b": "Qwen/Qwen2-7B-Instruct",
-    "tiny": "bytes",
+    "tiny": "data/synthetic/tokenizer",
 }
 
 
@@ -112,6 +112,8 @@ def run(name: str, size: str) -> ConfigDict:
     c.model = ConfigDict()
     c.model.vit = vit("tiny" if tiny else "so400m")
     c.model.projector = ConfigDict(dict(shuffle=2, norm=True, norm_eps=1e-6))
+    if tiny:
+        c.model.projector.shuffle = 4  # a frame is one token
     c.model.temporal = ConfigDict()
     c.model.temporal.layers = 1 if tiny else 2  # the paper does not say; see docs/decisions.md
     c.model.temporal.direction = "bidirectional"  # "forward": the paper's streaming variant
@@ -119,8 +121,10 @@ def run(name: str, size: str) -> ConfigDict:
     c.model.temporal.state = 16
     c.model.temporal.conv = 4
     c.model.temporal.dt_rank = 0  # ceil(width / 16)
-    c.model.temporal.dt_min = 1e-3
-    c.model.temporal.dt_max = 0.1
+    # Step sizes at the start. The usual 0.001 to 0.1 remember 10 to 1,000 tokens; the tiny model
+    # has 8.
+    c.model.temporal.dt_min = 0.1 if tiny else 1e-3
+    c.model.temporal.dt_max = 1.0 if tiny else 0.1
     c.model.temporal.norm_eps = 1e-6
     c.model.reduction = ConfigDict()
     c.model.reduction.temporal_pool = 4  # the paper's best model averages 4 frames
@@ -135,7 +139,7 @@ def run(name: str, size: str) -> ConfigDict:
     c.data.frames = ConfigDict(dict(max_frames=8, fps=0.0, keyframes_only=False))
     c.data.tokenizer = TOKENIZERS[size]
     c.data.chat_template = "qwen2" if size.startswith("qwen2") else "gemma"
-    c.data.sequence_length = 112 if tiny else 1024
+    c.data.sequence_length = 40 if tiny else 1024
     c.data.row_frames = 8
     c.data.pack = not tiny  # a tiny row holds one clip
     c.data.decode_timeout = 30.0  # seconds a file

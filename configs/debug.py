@@ -1,6 +1,6 @@
 """A few steps of the tiny model: does everything run here?
 
-    python -m storm_jax.train --config=configs/debug.py --workdir=DIR
+python -m storm_jax.train --config=configs/debug.py --workdir=DIR
 """
 
 from configs import common

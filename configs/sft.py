@@ -1,7 +1,7 @@
 """Stage 2, supervised fine-tuning on text, images and videos of up to 32 frames; all parts train.
 
-    python -m storm_jax.train --config=configs/sft.py --workdir=DIR --config.init_from.all=ALIGN_DIR
-    python -m storm_jax.train --config=configs/sft.py:size=tiny --workdir=DIR
+python -m storm_jax.train --config=configs/sft.py --workdir=DIR --config.init_from.all=ALIGN_DIR
+python -m storm_jax.train --config=configs/sft.py:size=tiny --workdir=DIR
 """
 
 from configs import common
@@ -12,8 +12,8 @@ def get_config(arg: str | None = None):
     c = common.run("sft", size)
     if size == "tiny":
         return c
-    # The paper mixes some 12.5 million samples (table 8) without giving weights. List your sets here;
-    # weights are shares of the samples.
+    # The paper mixes some 12.5 million samples (table 8) without giving weights. List your sets
+    # here; weights are shares of the samples.
     c.data.train = (
         common.source("data/llava_onevision/single_image.jsonl", weight=4.0),
         common.source("data/llava_video_178k/train.jsonl", weight=1.0),

@@ -7,7 +7,7 @@ position in the data is the step: every global batch follows from it (`data.pipe
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -31,8 +31,11 @@ class Checkpoints:
         self.every = config.every
         policies = ocp.training
         self._orbax = ocp.training.Checkpointer(
-            self.folder,
+            str(self.folder),
+            # Orbax's own policies do not match its protocols of them.
+            # pyrefly: ignore[bad-argument-type]
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+            # pyrefly: ignore[bad-argument-type]
             preservation_policy=policies.preservation_policies.LatestN(config.keep),
         )
 
@@ -41,12 +44,26 @@ class Checkpoints:
         found = self._orbax.latest
         return None if found is None else found.step
 
-    def save(self, state: TrainState, step: int, run: RunConfig) -> None:
-        """Starts saving; returns when the arrays are copied from the devices."""
+    def save(self, state: TrainState, step: int, run: RunConfig, data_fingerprint: str) -> None:
+        """Starts saving; returns when the arrays are copied from the devices.
+
+        Args:
+          data_fingerprint: of the data set, which a resumed run compares (`data.pipeline.Batches`).
+        """
         if self.latest() == step:
             return
-        about = {"layout": LAYOUT, "step": step, "config": dataclasses.asdict(run)}
+        about: dict[str, Any] = {
+            "layout": LAYOUT,
+            "step": step,
+            "config": dataclasses.asdict(run),
+            "data_fingerprint": data_fingerprint,
+        }
         self._orbax.save_checkpointables_async(step, {"state": state}, custom_metadata=about)
+
+    def fingerprint(self, step: int) -> str:
+        """The `data_fingerprint` that was saved with a step."""
+        about = self._orbax.checkpointables_metadata(step).custom_metadata
+        return cast(dict[str, Any], about)["data_fingerprint"]
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The state at `step`, laid out as `abstract` says, which may be another mesh.
@@ -87,7 +104,7 @@ def find(path: str | Path) -> tuple[Path, int]:
         raise CheckpointError(
             f"no checkpoint at {path}: give a training workdir, or one folder of its checkpoints/"
         )
-    with ocp.training.Checkpointer(folder) as orbax:
+    with ocp.training.Checkpointer(str(folder)) as orbax:
         steps = [c.step for c in orbax.checkpoints]
     if not steps or (step is not None and step not in steps):
         raise CheckpointError(f"no complete checkpoint at {path}; complete steps there: {steps}")
@@ -97,7 +114,7 @@ def find(path: str | Path) -> tuple[Path, int]:
 def read_config(path: str | Path) -> RunConfig:
     """The configuration that a checkpoint was trained with."""
     folder, step = find(path)
-    with ocp.training.Checkpointer(folder) as orbax:
+    with ocp.training.Checkpointer(str(folder)) as orbax:
         about = orbax.checkpointables_metadata(step).custom_metadata
     if about["layout"] != LAYOUT:
         raise CheckpointError(
@@ -118,7 +135,7 @@ def load_params(path: str | Path, abstract: Params) -> Params:
       CheckpointError: a parameter is missing or has another shape; the first one is named.
     """
     folder, step = find(path)
-    with ocp.training.Checkpointer(folder) as orbax:
+    with ocp.training.Checkpointer(str(folder)) as orbax:
         saved = orbax.checkpointables_metadata(step).metadata["state"]["params"]
         where = f"checkpoint {folder / str(step)}"
         missing = sorted(set(abstract) - set(saved))
@@ -130,7 +147,8 @@ def load_params(path: str | Path, abstract: Params) -> Params:
     )
     with ocp.Context(pytree_options=options):
         tree = {"params": abstract}
-        return ocp.load_checkpointables(folder / str(step), {"state": tree})["state"]["params"]
+        where = str(folder / str(step))
+        return ocp.load_checkpointables(where, {"state": tree})["state"]["params"]
 
 
 def check_same(saved: Any, wanted: Any, where: str) -> None:

@@ -156,7 +156,9 @@ class DecoderConfig:
             self.heads % self.kv_heads == 0,
             f"decoder.heads={self.heads} is not a multiple of decoder.kv_heads={self.kv_heads}",
         )
-        _require(self.head_dim % 2 == 0, f"decoder.head_dim={self.head_dim} is odd: no rotary pairs")
+        _require(
+            self.head_dim % 2 == 0, f"decoder.head_dim={self.head_dim} is odd: no rotary pairs"
+        )
         _require(self.global_every >= 1, f"decoder.global_every={self.global_every} is below 1")
         _require(
             self.global_every == 1 or self.window > 0,
@@ -396,7 +398,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is Literal:
         choices = typing.get_args(hint)
-        _require(value in choices, f"{path}={value!r} is not one of {', '.join(map(repr, choices))}")
+        _require(
+            value in choices, f"{path}={value!r} is not one of {', '.join(map(repr, choices))}"
+        )
         return value
     if origin is tuple:
         item = typing.get_args(hint)[0]

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,9 +20,11 @@ from storm_jax.data.records import Media, Turn
 from storm_jax.inference import prefill
 from storm_jax.inference.decode import Decode
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or one checkpoint.")
-_VIDEO = flags.DEFINE_string("video", None, "A video file or a folder of frames.")
-_PROMPT = flags.DEFINE_string("prompt", None, "The question.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A training workdir, or one checkpoint.", required=True
+)
+_VIDEO = flags.DEFINE_string("video", None, "A video file or a folder of frames.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, "The question.", required=True)
 _FRAMES = flags.DEFINE_integer("frames", 0, "Frames taken from the video; 0: as in training.", 0)
 _SAMPLING = flags.DEFINE_integer(
     "temporal_sampling", 0, "Keep every so many pooled frames; 0: as in training.", 0
@@ -129,5 +130,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    flags.mark_flags_as_required(["checkpoint", "video", "prompt"])
     app.run(main)

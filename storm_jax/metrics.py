@@ -13,8 +13,8 @@ from tqdm import tqdm
 class MetricWriter:
     """Writes scalars by step to `workdir/metrics.jsonl` and `workdir/tensorboard`.
 
-    A resumed run goes on where its checkpoint stood: lines of later steps, which the interrupted run
-    wrote and this one will write again, are removed.
+    A resumed run goes on where its checkpoint stood: lines of later steps, which the interrupted
+    run wrote and this one will write again, are removed.
     """
 
     def __init__(self, workdir: Path, start_step: int):

@@ -1,7 +1,7 @@
 """Trains STORM: `python -m storm_jax.train --config=configs/long.py --workdir=DIR`.
 
-The same command on every host of a pod; after an interruption the same command again: it goes on from
-the newest checkpoint in the workdir, with the same batches.
+The same command on every host of a pod; after an interruption the same command again: it goes on
+from the newest checkpoint in the workdir, with the same batches.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from storm_jax import checkpoint
 from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import pipeline
+from storm_jax.data.sources import BadRecord, open_sources
 from storm_jax.data.text import load_tokenizer
 from storm_jax.flops import Work, peak_flops, training_flops
 from storm_jax.metrics import MetricWriter, Progress, require_finite
@@ -31,7 +32,7 @@ from storm_jax.training.state import TrainState, abstract_state, init_state
 from storm_jax.training.step import make_eval_step, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and metrics go here.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and metrics go here.", required=True)
 
 # Bad records are judged as a share once this many records have been read.
 _JUDGED_AFTER = 100
@@ -64,7 +65,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
         f" encoder and {config.model.visual_tokens(frames):,} in the decoder"
     )
 
-    # ---------------------------------------------------------------- where does the state come from
+    # --------------------------------------------------------------- where does the state come from
     # 1. this run's newest checkpoint, 2. parts of earlier runs, 3. random numbers
     checkpoints = checkpoint.Checkpoints(workdir, config.train.checkpoint)
     start_step = checkpoints.latest() or 0
@@ -91,7 +92,17 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
         process_count=jax.process_count(),
     )
     bad_log = _BadRecords(workdir, config.data.max_bad_fraction)
-    bad_log.known(batches.known_bad, batches.usable + len(batches.known_bad))
+    bad_log.known(batches.known_bad)
+    if start_step and checkpoints.fingerprint(start_step) != batches.fingerprint:
+        logging.warning(
+            "the data set or its layout differs from that of %s at step %d: batches from here on"
+            " are not those of an uninterrupted run",
+            checkpoints.folder,
+            start_step,
+        )
+    evaluates = bool(config.train.eval_samples and config.data.eval)
+    if evaluates:  # mistakes in the held-out set end the run now rather than after it
+        open_sources("eval", config.data.eval, config.data, config.model, tokenizer)
 
     def place(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         def put(x: np.ndarray) -> jax.Array:
@@ -147,15 +158,16 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
             flops = training_flops(config.model, work, parts)
             pending = (step, metrics, work, flops, waited)
             if step % config.train.checkpoint.every == 0 or step == config.train.steps:
-                checkpoints.save(state, step, config)
-            if config.train.eval_every and step % config.train.eval_every == 0:
+                checkpoints.save(state, step, config, batches.fingerprint)
+            if evaluates and config.train.eval_every and step % config.train.eval_every == 0:
                 scores = score(step)
         if pending is not None:
             _report(*pending, progress, writer, bad_log, 1)
         progress.close()
-        if config.train.eval_samples and config.data.eval:
+        if evaluates:
             _say(f"evaluating on {config.train.eval_samples} held-out records")
             scores = score(config.train.steps)
+    batches.close()
     checkpoints.close()
     writer.close()
     for line in score_table(scores):
@@ -189,20 +201,24 @@ class _BadRecords:
         self._bad_read = 0
         self.count = 0  # distinct bad records
 
-    def known(self, errors, records: int) -> None:
-        """Records that were found bad before the first step, out of all records."""
+    def known(self, errors: tuple[BadRecord, ...]) -> None:
+        """Records that were found bad before the first step; `open_sources` judges their share."""
         self._log(errors)
-        self._judge(len(errors), records, "of the data set")
 
-    def add(self, info) -> None:
+    def add(self, info: pipeline.BatchInfo) -> None:
         """Records of one batch."""
         self._log(info.errors)
         self._bad_read += len(info.errors)
         self._read += len(info.errors) + sum(map(len, info.rows))
-        if self._read >= _JUDGED_AFTER:
-            self._judge(self._bad_read, self._read, "read so far")
+        if self._read < _JUDGED_AFTER or self._bad_read <= self._max_fraction * self._read:
+            return
+        raise RuntimeError(
+            f"{self._bad_read} of {self._read} records read so far are bad, more than"
+            f" data.max_bad_fraction={self._max_fraction}; they are listed in {self._path}."
+            " Mend the data (python -m storm_jax.data.validate FILE), or raise the limit"
+        )
 
-    def _log(self, errors) -> None:
+    def _log(self, errors: tuple[BadRecord, ...]) -> None:
         for error in errors:
             if (error.source, error.id) not in self._seen:
                 self._seen.add((error.source, error.id))
@@ -210,14 +226,6 @@ class _BadRecords:
                 logging.warning("bad record %s in %s: %s", error.id, error.source, error.reason)
                 with self._path.open("a") as file:
                     file.write(json.dumps(dataclasses.asdict(error)) + "\n")
-
-    def _judge(self, bad: int, records: int, which: str) -> None:
-        if bad > self._max_fraction * records:
-            raise RuntimeError(
-                f"{bad} of {records} records {which} are bad, more than"
-                f" data.max_bad_fraction={self._max_fraction}; they are listed in {self._path}."
-                " Mend the data (python -m storm_jax.data.validate FILE), or raise the limit"
-            )
 
 
 def _init_from(config: RunConfig, state: TrainState, abstract: TrainState) -> TrainState:
@@ -288,5 +296,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     # Warnings of the parts below are for their authors; ours go through logging and print.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

@@ -7,9 +7,9 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
-import jax
-import pytest
-from absl import flags as absl_flags
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags as absl_flags  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -30,7 +30,7 @@ def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     store = Checkpoints(workdir, CheckpointConfig(every=1, keep=2))
     for step in (1, 2, 3):
-        store.save(state, step, config)
+        store.save(state, step, config, "abc")
     store.close()
     return workdir, config, jax.tree.map(np.asarray, state)
 
@@ -39,6 +39,7 @@ def test_keeps_the_newest(saved):
     folder, step = checkpoint.find(saved[0])
     assert step == 3
     assert sorted(p.name for p in folder.iterdir()) == ["2", "3"]
+    assert Checkpoints(saved[0], CheckpointConfig(every=1)).fingerprint(3) == "abc"
 
 
 def test_restores_exactly_on_another_mesh(saved):
@@ -103,7 +104,7 @@ def test_half_written_checkpoint_is_not_found(saved, tmp_path):
     """What a kill in mid-save leaves behind: a temporary folder."""
     config, state = saved[1], saved[2]
     store = Checkpoints(tmp_path, CheckpointConfig(every=1))
-    store.save(jax.tree.map(jax.numpy.asarray, state), 5, config)
+    store.save(jax.tree.map(jax.numpy.asarray, state), 5, config, "abc")
     store.close()
     (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     assert checkpoint.find(tmp_path)[1] == 5

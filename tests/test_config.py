@@ -5,9 +5,16 @@ import json
 
 import numpy as np
 import pytest
-from configs import align, debug, long, sft
 
-from storm_jax.config import ConfigError, ReductionConfig, RunConfig, from_json, from_mapping, to_json
+from configs import align, debug, long, sft
+from storm_jax.config import (
+    ConfigError,
+    ReductionConfig,
+    RunConfig,
+    from_json,
+    from_mapping,
+    to_json,
+)
 
 STAGES = {"align": align, "sft": sft, "long": long, "debug": debug}
 SIZES = ("tiny", "gemma2_2b", "gemma2_9b", "gemma3_1b", "gemma3_4b", "gemma3_12b", "qwen2_1_5b")
@@ -72,13 +79,13 @@ def test_long_is_the_papers_setting():
         ("train.remat", "some", r"train.remat='some' is not one of 'none', 'dots', 'full'"),
         ("train.accumulation", 3, "train.batch=64 is not a multiple of train.accumulation=3"),
         ("model.reduction.temporal_pool", 0, "reduction.temporal_pool=0"),
-        ("model.reduction.spatial_pool", 3, "4 tokens a side, not a multiple of"),
+        ("model.reduction.spatial_pool", 3, "1 tokens a side, not a multiple of"),
         ("model.vit.output_layer", -3, "vit.output_layer=-3"),
         ("model.vit.heads", 5, "vit.width=64 is not a multiple of vit.heads=5"),
         ("model.decoder.kv_heads", 3, "decoder.heads=4 is not a multiple of decoder.kv_heads=3"),
         ("model.decoder.window", 0, "has local layers: set decoder.window"),
         ("data.row_frames", 4, "data.row_frames=4 cannot hold one video of"),
-        ("data.sequence_length", 32, "8 frames are 32 visual tokens, but data.sequence_length=32"),
+        ("data.sequence_length", 2, "8 frames are 2 visual tokens, but data.sequence_length=2;"),
         ("data.train", 5, "data.train=5 must be a list"),
         ("data.frames", 5, "data.frames=5 must be a group of fields"),
     ],

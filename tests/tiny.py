@@ -3,8 +3,8 @@
 import json
 
 import numpy as np
-from configs import debug
 
+from configs import debug
 from storm_jax.config import VISUAL, ModelConfig, RunConfig, from_mapping
 
 

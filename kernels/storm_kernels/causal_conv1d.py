@@ -76,14 +76,15 @@ def causal_conv1d(
     if initial_state is None:
         initial_state = jnp.zeros_like(x, shape=(x.shape[0], width - 1, x.shape[2]))
     places = extend(x, initial_state.astype(x.dtype))
+    numbers = None
     if number is not None:
         numbers = extend(number, jnp.zeros_like(number, shape=(x.shape[0], width - 1)))
 
-    y = 0
+    y = jnp.zeros((), acc)
     for k in range(width):
         first = width - 1 - k if reverse else k
         tap = places[:, first : first + length]
-        if number is not None and k < width - 1:
+        if number is not None and numbers is not None and k < width - 1:
             same = numbers[:, first : first + length] == number
             tap = jnp.where(same[..., None], tap, 0)
         y = y + weight[k].astype(acc) * tap.astype(acc)
@@ -97,7 +98,7 @@ def causal_conv1d(
     if not return_final_state:
         return y
     state = places[:, : width - 1] if reverse else places[:, length:]
-    if number is not None:
+    if number is not None and numbers is not None:
         kept = numbers[:, : width - 1] if reverse else numbers[:, length:]
         last = number[:, :1] if reverse else number[:, -1:]
         state = jnp.where((kept == last)[..., None], state, 0)

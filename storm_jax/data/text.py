@@ -21,7 +21,7 @@ Text that spells a special token ("<end_of_turn>") stays plain text: data cannot
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from storm_jax.config import VISUAL
 from storm_jax.data.records import Turn
 
 if TYPE_CHECKING:  # transformers takes a second to import; data workers never need it
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 Template = Literal["gemma", "qwen2"]
@@ -109,19 +110,53 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
 
 BYTES_VOCAB = 264  # ids of the "bytes" tokenizer
 
+_SPECIAL_TOKENS = (
+    "<pad> <bos> <eos> <start_of_turn> <end_of_turn> <|im_start|> <|im_end|> <|endoftext|>".split()
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE tokenizer for `texts`, with the special tokens of both templates.
+
+    Args:
+      texts: what it should be short on; any other text can still be encoded, byte by byte.
+      vocab_size: ids, special tokens and 256 bytes included.
+    """
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    _byte_level(tokenizer, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=_SPECIAL_TOKENS,
+        initial_alphabet=_byte_characters(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrapped(tokenizer)
+
 
 def _bytes_tokenizer() -> "PreTrainedTokenizerFast":
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models
 
     vocab = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
-    special += ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-    tokenizer.add_special_tokens(special)
+    _byte_level(tokenizer, use_regex=False)
+    tokenizer.add_special_tokens(_SPECIAL_TOKENS)
     assert tokenizer.get_vocab_size() == BYTES_VOCAB
+    return _wrapped(tokenizer)
+
+
+def _byte_level(tokenizer: "Tokenizer", use_regex: bool) -> None:
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+
+
+def _wrapped(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )

@@ -30,6 +30,7 @@ def causal_mask(
     if window:
         mask &= distance < window
     if query_segments is not None:
+        assert key_segments is not None, "query_segments without key_segments"
         mask &= query_segments[:, :, None] == key_segments[:, None, :]
     return mask
 

@@ -62,7 +62,7 @@ class DecoderBlock(nnx.Module):
         config = self.config
         h = self.attention_norm(x_BSD)
         q, k, v = self.query(h), self.key(h), self.value(h)
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         local, whole = shared.angles
         cos, sin = (jnp.where(is_global, w, n) for w, n in zip(whole, local, strict=True))

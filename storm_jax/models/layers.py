@@ -131,9 +131,7 @@ def _logits(x_BSD: jax.Array, weight: jax.Array, axes: Axes, contract: int) -> j
         lead = jax.typeof(x_BSD).sharding.spec[:2]
         out = PartitionSpec(*lead, jax.typeof(w).sharding.spec[1 - contract])
     dims = (((2,), (contract,)), ((), ()))
-    return jax.lax.dot_general(
-        x_BSD, w, dims, preferred_element_type=jnp.float32, out_sharding=out
-    )
+    return jax.lax.dot_general(x_BSD, w, dims, preferred_element_type=jnp.float32, out_sharding=out)
 
 
 def rotary(positions: jax.Array, head_dim: int, theta: float, scaling: float = 1.0):

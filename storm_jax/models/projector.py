@@ -17,7 +17,9 @@ class Projector(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.shuffle = config.projector.shuffle
         channels = config.vit.width * self.shuffle**2
-        self.norm = LayerNorm(channels, config.projector.norm_eps) if config.projector.norm else None
+        self.norm = (
+            LayerNorm(channels, config.projector.norm_eps) if config.projector.norm else None
+        )
         axes = (None, "embed")
         self.linear = Linear((channels,), (config.decoder.width,), axes, bias=True, rngs=rngs)
 

@@ -1,8 +1,8 @@
 """The temporal encoder: Mamba layers over all tokens of a video (paper section 3.2).
 
-Mamba-1 (arXiv 2312.00752). Both directions share the input and output projections; each has its own
-convolution, x_proj, dt_proj, A and D. Their outputs are summed and gated once, and neither direction
-flips a tensor.
+Mamba-1 (arXiv 2312.00752). Both directions share the input and output projections; each has its
+own convolution, x_proj, dt_proj, A and D. Their outputs are summed and gated once, and neither
+direction flips a tensor.
 """
 
 import math
@@ -10,12 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from storm_kernels.causal_conv1d import causal_conv1d
-from storm_kernels.selective_scan import selective_scan
 
 from storm_jax.config import TemporalConfig
 from storm_jax.models.layers import LayerNorm, Linear, Stack, parameter
 from storm_jax.parallel import sharding
+from storm_kernels.causal_conv1d import causal_conv1d
+from storm_kernels.selective_scan import selective_scan
 
 
 class Direction(nnx.Module):

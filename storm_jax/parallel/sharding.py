@@ -1,15 +1,15 @@
 """The one table from logical axes, which models name, to mesh axes.
 
-Model code calls `shard(x, "batch", None, "heads", None)` and never names a mesh axis. Without a mesh
-(`jax.set_mesh`) every function here leaves its argument alone, so models also run on one device with
-no ceremony.
+Model code calls `shard(x, "batch", None, "heads", None)` and never names a mesh axis. Without a
+mesh (`jax.set_mesh`) every function here leaves its argument alone, so models also run on one
+device with no ceremony.
 """
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Logical axis -> mesh axes. Parameters are sharded along "embed" by fsdp and are made whole where they
-# are used; None stays on every device.
+# Logical axis -> mesh axes. Parameters are sharded along "embed" by fsdp and are made whole where
+# they are used; None stays on every device.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -87,7 +87,7 @@ def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes):
         split = {}
         for axes, partition in zip(in_axes, in_specs, strict=True):
             split.update({a: p for a, p in zip(axes, partition, strict=True) if a})
-        out_spec = PartitionSpec(*(split.get(axis) for axis in out_axes))
+        out_spec = PartitionSpec(*(split.get(axis) if axis else None for axis in out_axes))
         args = [jax.reshard(x, s) for x, s in zip(args, in_specs, strict=True)]
         return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_spec)(*args)
 

@@ -1,5 +1,7 @@
 """AdamW with warm-up and cosine decay, one peak learning rate for each part of the model."""
 
+from collections.abc import Hashable
+
 import jax
 import optax
 
@@ -47,7 +49,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     def matrices(tree):
         return jax.tree_util.tree_map_with_path(_decays, tree)
 
-    rates = {part: optax.scale(-getattr(config.rates, part)) for part in trainable_parts(config)}
+    rates: dict[Hashable, optax.GradientTransformation] = {
+        part: optax.scale(-getattr(config.rates, part)) for part in trainable_parts(config)
+    }
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),

@@ -1,6 +1,6 @@
 """The training state: a plain tree of arrays, laid out on the mesh."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def abstract_state(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(step, params, jax.tree.map(placed, opt_state))
+    return TrainState(cast(jax.Array, step), params, jax.tree.map(placed, opt_state))
 
 
 def init_state(

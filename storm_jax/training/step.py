@@ -1,7 +1,7 @@
 """One optimizer update, and one evaluation step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +54,14 @@ def make_train_step(
         count = jnp.maximum(sums.tokens, 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = {**optax.apply_updates(trained, updates), **frozen}
+        params = {**cast(Params, optax.apply_updates(trained, updates)), **frozen}
         metrics = {
             "loss": (sums.nll + config.z_loss * sums.z) / count,
             "nll": sums.nll / count,
             "accuracy": sums.correct / count,
             "answer_tokens": sums.tokens,
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": relative_rate(state.step),
+            "learning_rate": jnp.asarray(relative_rate(state.step)),
         }
         params = {part: params[part] for part in state.params}  # the order of the tree stays
         return TrainState(state.step + 1, params, opt_state), metrics

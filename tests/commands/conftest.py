@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory) -> Path:
-    """A folder with train.jsonl and test.jsonl, 64 and 24 records."""
+    """A folder with train.jsonl, test.jsonl (64 and 24 records) and a tokenizer."""
     folder = tmp_path_factory.mktemp("videos")
-    synthetic.write_split(str(folder), "train", 64, seed=0)
+    train = synthetic.write_split(str(folder), "train", 64, seed=0)
     synthetic.write_split(str(folder), "test", 24, seed=1)
+    synthetic.write_tokenizer(str(folder), train)
     return folder
 
 
@@ -54,5 +55,6 @@ def training(videos: Path, workdir: Path, *overrides: str) -> Command:
         f"--workdir={workdir}",
         f"--config.data.train[0].path={videos / 'train.jsonl'}",
         f"--config.data.eval[0].path={videos / 'test.jsonl'}",
+        f"--config.data.tokenizer={videos / 'tokenizer'}",
         *overrides,
     )

@@ -272,8 +272,12 @@ def test_text_gives_no_gradient_to_the_visual_parts(gradient, params):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(model, gradient, params, remat):
-    def total(params):
+def test_remat_changes_no_gradient(model, params, remat):
+    """Against the same program without remat: another program rounds differently by 1e-5."""
+
+    @partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(params, remat):
         storm = model.bind(params)
         weights = np.random.default_rng(8).normal(size=(LENGTH, 48)).astype(np.float32)
         scores = storm.decoder.logits(storm(PACKED, remat))
@@ -281,9 +285,9 @@ def test_remat_changes_no_gradient(model, gradient, params, remat):
 
     def close(ours, theirs):
         scale = max(np.abs(theirs).max(), 1.0)
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale, rtol=0)
+        np.testing.assert_allclose(ours, theirs, atol=5e-6 * scale, rtol=0)
 
-    jax.tree.map(close, jax.jit(jax.grad(total))(params), gradient(params, PACKED))
+    jax.tree.map(close, gradient(params, remat), gradient(params, "none"))
 
 
 def test_without_temporal_encoder(model, params, siglip, gemma):
@@ -322,16 +326,22 @@ def test_bfloat16_is_finite_and_close(model, params, packed_logits):
 
 
 @pytest.mark.slow
-def test_gradients_in_bfloat16_are_float32_and_close(model, gradient, params):
+def test_gradients_in_bfloat16_are_as_good_as_bfloat16_weights(model, gradient, params):
+    """Rounding the weights alone, in a float32 model, sets the scale of the unavoidable error."""
     half = StormModel(dataclasses.replace(model.config, dtype="bfloat16"))
-    expected = gradient(params, PACKED)
+    exact = gradient(params, PACKED)
+    rounded = gradient(
+        jax.tree.map(lambda a: a.astype("bfloat16").astype("float32"), params), PACKED
+    )
     grads = jax.jit(jax.grad(partial(loss, half)))(params, PACKED)
-    for (path, g), full in zip(
-        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True
-    ):
-        assert g.dtype == jnp.float32
-        if "key" not in jax.tree_util.keystr(path) or "weight" in jax.tree_util.keystr(path):
-            assert np.linalg.norm(g - full) < 0.15 * np.linalg.norm(full), path
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+    def flat(grads, part):
+        return np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads[part])])
+
+    for part in PARTS:
+        error, scale = (np.linalg.norm(flat(g, part) - flat(exact, part)) for g in (grads, rounded))
+        assert 0 < error < 4 * scale, (part, error, scale)
 
 
 @pytest.mark.slow

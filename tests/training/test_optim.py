@@ -51,7 +51,9 @@ def test_equals_torch_adamw_part_by_part():
     groups = []
     for (path, _), p in zip(leaves, theirs, strict=True):
         decay = 0.1 if path[-1].key != "A_log" else 0.0
-        groups.append({"params": [p], "lr": getattr(CONFIG.rates, path[0].key), "weight_decay": decay})
+        groups.append(
+            {"params": [p], "lr": getattr(CONFIG.rates, path[0].key), "weight_decay": decay}
+        )
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     peaks = [g["lr"] for g in adamw.param_groups]
 

@@ -90,9 +90,10 @@ def reference_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
 
 
 def _in_layout_bdl(call: ScanCall) -> tuple[jax.Array, jax.Array]:
-    def swap(x):
-        return None if x is None else jnp.swapaxes(x, 1, 2)
+    def swap(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 1, 2)
 
-    u, delta, z = swap(call.u), swap(call.delta), swap(call.z)
+    u, delta = swap(call.u), swap(call.delta)
+    z = None if call.z is None else swap(call.z)
     y, h = reference_scan(dataclasses.replace(call, u=u, delta=delta, z=z, layout="bld"))
     return swap(y), h

@@ -6,7 +6,9 @@ XLA_CHUNK = {
     # Measured once, lowest of 5, on an earlier form of the steps: 8 to 32 within 4 % at L = 4096;
     # at B = 64, L = 128 8 was the best without gate and skip (81 ms, 16 and 32: 84), 16 with (94).
     "cpu": 16,
-    "gpu": 64,  # not measured here; 64 and 256 were within 10 % on an H100 (kernels.md section 8)
+    # H100, bf16, forward and backward (benchmarks/results/scan_gpu.json): at L = 65536, E = 2304
+    # 190 ms against 225 (128), 228 (64); at L = 32768, E = 7168 all of 32 to 256 within 7 %.
+    "gpu": 256,
     "tpu": 128,  # not measured
 }
 

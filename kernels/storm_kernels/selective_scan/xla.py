@@ -218,7 +218,7 @@ def _forward(static, arrays, marks, keep_states):
         y_TBE = y_TNP.reshape(chunk.u_TBE.shape)
         if arrays.D is not None:
             y_TBE += arrays.D.astype(acc) * chunk.u_TBE
-        if arrays.z is not None:
+        if chunk.z_TBE is not None:
             y_TBE *= jax.nn.silu(chunk.z_TBE)
         if marks is not None:
             y_TBE = _zero_padding(y_TBE, chunk.valid_TB)
@@ -245,7 +245,7 @@ def _backward(static, arrays, marks, states, dy, dh_BEG):
         if marks is not None:
             dy_TBE = _zero_padding(dy_TBE, chunk.valid_TB)
         dz = grads.z
-        if arrays.z is not None:
+        if chunk.z_TBE is not None:
             # y before the gate is recomputed and not saved: exact, and [B, L, E] less memory.
             _, y_TNP = run_forward(before_NGP, chunk.operands, A_NGP, static.reverse)
             y_TBE = y_TNP.reshape(dy_TBE.shape)

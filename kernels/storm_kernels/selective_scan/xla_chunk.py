@@ -17,8 +17,8 @@ from jax import lax
 # state element, forward and forward + backward: steps 1.5 and 5.1; an associative scan 2.6 and 29
 # in chunks of 8, 5.2 and 66 in chunks of 32. Several steps written out in one loop body are slower
 # too (forward 2.7 to 3.7 against 0.63): XLA fuses them and computes the first ones again.
-# GPU: not measured here; an H100 took 39 to 43 ms for an associative scan and 75 ms for `lax.scan`
-# (kernels.md section 8). TPU: not measured.
+# GPU: an H100 runs the associative scan 5 to 20 times faster (benchmarks/results/scan_gpu.json):
+# one step fills little of the card. TPU: not measured, taken to be as the GPU.
 ASSOCIATIVE_PLATFORMS = ("gpu", "tpu")
 
 
@@ -101,7 +101,8 @@ def backward_steps(
     dt_TNP, x_TNP, B_TNG, C_TNG, restart_TN = operands
 
     def recompute(h_NGP, position):
-        return _advance(h_NGP, *position, A_NGP), h_NGP
+        dt_NP, x_NP, B_NG, restart_N = position
+        return _advance(h_NGP, dt_NP, x_NP, B_NG, restart_N, A_NGP), h_NGP
 
     last_NGP, before_TNGP = lax.scan(
         recompute, h_NGP, (dt_TNP, x_TNP, B_TNG, restart_TN), reverse=reverse
