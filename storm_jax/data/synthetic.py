@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Write mp4 files of moving shapes and questions.")
     parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--train", type=int, default=5000, help="training records")
+    parser.add_argument("--train", type=int, default=8000, help="training records")
     parser.add_argument("--test", type=int, default=1000, help="held-out records")
     parser.add_argument("--tasks", default=",".join(CHANCE), help="families, separated by commas")
     parser.add_argument("--frames", type=int, default=8, help="frames in a video")
