@@ -17,10 +17,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from storm_jax import checkpoint
+from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import pipeline
-from storm_jax.data.sources import BadRecord, open_sources
-from storm_jax.data.text import load_tokenizer
+from storm_jax.data.records import RecordError
+from storm_jax.data.sources import BadRecord, DataError, open_sources
+from storm_jax.data.text import TokenizerError, load_tokenizer
 from storm_jax.flops import Work, peak_flops, training_flops
 from storm_jax.metrics import MetricWriter, Progress, require_finite
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
@@ -289,12 +291,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"arguments not understood: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
-    config = from_mapping(RunConfig, json.loads(_CONFIG.value.to_json_best_effort()))
-    train(config, Path(_WORKDIR.value).expanduser())
+    try:
+        config = from_mapping(RunConfig, json.loads(_CONFIG.value.to_json_best_effort()))
+        train(config, Path(_WORKDIR.value).expanduser())
+    except (ConfigError, CheckpointError, DataError, RecordError, TokenizerError) as error:
+        sys.exit(f"error: {error}")  # the user's to mend: no traceback
 
 
 if __name__ == "__main__":
-    # Warnings of the parts below are for their authors; ours go through logging and print.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
     flags.mark_flag_as_required("config")
     app.run(main)
