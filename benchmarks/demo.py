@@ -1,13 +1,12 @@
 """README's demo as a picture: `python benchmarks/demo.py WITH_MAMBA_DIR WITHOUT_DIR`.
 
 Reads the workdirs of the two runs that README names, writes benchmarks/results/demo.json (final
-accuracies, median step time) and docs/demo.png (training loss and held-out accuracy).
+accuracies) and docs/demo.png (training loss and held-out accuracy).
 """
 
 import json
 import pathlib
 import platform
-import statistics
 import sys
 
 import jax
@@ -20,7 +19,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def read(workdir: str) -> dict:
-    """Loss by step, accuracy by task, configuration and step times of one run."""
+    """Loss by step, accuracy by task and configuration of one run."""
     path = pathlib.Path(workdir)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if "loss" in row]
@@ -32,8 +31,6 @@ def read(workdir: str) -> dict:
         "seed": config["train"]["seed"],
         "accuracy": {k.removeprefix("eval/"): v for k, v in last.items() if k != "step"},
         "records": config["train"]["eval_samples"],
-        "step_seconds_median": statistics.median(row["step_seconds"] for row in train),
-        "step_seconds_range": [f(row["step_seconds"] for row in train) for f in (min, max)],
         "loss": [(row["step"], row["loss"]) for row in train],
     }
 
