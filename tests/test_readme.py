@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from configs import long
-
 from storm_jax.config import ReductionConfig, RunConfig, from_mapping
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
