@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -94,7 +95,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
         process_count=jax.process_count(),
     )
     bad_log = _BadRecords(workdir, config.data.max_bad_fraction)
-    bad_log.known(batches.known_bad)
+    bad_log.log(batches.known_bad)  # `train_batches` has judged their share
     if start_step and checkpoints.fingerprint(start_step) != batches.fingerprint:
         logging.warning(
             "the data set or its layout differs from that of %s at step %d: batches from here on"
@@ -135,7 +136,14 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        result = evaluate(eval_step, state.params, held_out, place)
+        bad_log.log(held_out.known_bad)
+
+        def logged() -> Iterator[pipeline.Batch]:
+            for batch in held_out:
+                bad_log.log(batch.info.errors)
+                yield batch
+
+        result = evaluate(eval_step, state.params, logged(), place)
         writer.write(step, {f"eval/{k or 'all'}": s.accuracy for k, s in result.items()})
         return result
 
@@ -182,12 +190,12 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
 
 def _report(step, metrics, work, flops, waited, progress, writer, bad_log, every) -> None:
     progress.add(work.tokens, work.frames, flops, waited)
+    values = {name: float(value) for name, value in metrics.items()}
+    require_finite(step, values)
     if step % every:
         return
-    values = {name: float(value) for name, value in metrics.items()}
     values.update(progress.rates())
     values["bad_records"] = bad_log.count
-    require_finite(step, values)
     writer.write(step, values)
     progress.show(values)
 
@@ -198,18 +206,21 @@ class _BadRecords:
     def __init__(self, workdir: Path, max_fraction: float):
         self._path = workdir / "bad_records.jsonl"
         self._max_fraction = max_fraction
-        self._seen: set[tuple[str, str]] = set()
+        # A run that goes on has listed some before.
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        listed = (json.loads(line) for line in lines)
+        self._seen = {(record["source"], record["id"]) for record in listed}
         self._read = 0
         self._bad_read = 0
-        self.count = 0  # distinct bad records
 
-    def known(self, errors: tuple[BadRecord, ...]) -> None:
-        """Records that were found bad before the first step; `open_sources` judges their share."""
-        self._log(errors)
+    @property
+    def count(self) -> int:
+        """Distinct bad records so far."""
+        return len(self._seen)
 
     def add(self, info: pipeline.BatchInfo) -> None:
-        """Records of one batch."""
-        self._log(info.errors)
+        """Records of one training batch."""
+        self.log(info.errors)
         self._bad_read += len(info.errors)
         self._read += len(info.errors) + sum(map(len, info.rows))
         if self._read < _JUDGED_AFTER or self._bad_read <= self._max_fraction * self._read:
@@ -220,11 +231,11 @@ class _BadRecords:
             " Mend the data (python -m storm_jax.data.validate FILE), or raise the limit"
         )
 
-    def _log(self, errors: tuple[BadRecord, ...]) -> None:
+    def log(self, errors: tuple[BadRecord, ...]) -> None:
+        """Lists what has not been listed yet, without judging how many there are."""
         for error in errors:
             if (error.source, error.id) not in self._seen:
                 self._seen.add((error.source, error.id))
-                self.count += 1
                 logging.warning("bad record %s in %s: %s", error.id, error.source, error.reason)
                 with self._path.open("a") as file:
                     file.write(json.dumps(dataclasses.asdict(error)) + "\n")
