@@ -8,63 +8,13 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import torch
+import pytest
 from flax import nnx
 
-from storm_jax.config import DecoderConfig, ModelConfig, from_mapping
+from storm_jax.config import DecoderConfig
 
+torch = pytest.importorskip("torch")  # whoever imports this file is skipped without it
 torch.set_num_threads(1)  # these models are too small to share out
-
-
-def tiny_model(**parts) -> ModelConfig:
-    """A whole model of a few thousand parameters; `parts` replaces fields of its parts."""
-    config = {
-        "vit": dict(
-            image_size=12,
-            patch_size=3,
-            width=16,
-            mlp=24,
-            layers=2,
-            heads=2,
-            position_grid=4,
-            position_scale=0.4,
-        ),
-        "projector": {},
-        "temporal": dict(layers=2, state=4, conv=4),
-        "reduction": dict(temporal_pool=2),
-        "decoder": dict(
-            vocab_size=48,
-            width=32,
-            layers=2,
-            heads=4,
-            kv_heads=2,
-            head_dim=8,
-            mlp=48,
-            activation="gelu_tanh",
-            norm_eps=1e-6,
-            norm_plus_one=True,
-            post_norms=True,
-            qkv_bias=False,
-            qk_norm=True,
-            query_scale=0.0,
-            attention_softcap=0.0,
-            logit_softcap=0.0,
-            global_every=2,
-            window=6,
-            rope_theta=1e6,
-            rope_theta_local=1e4,
-            rope_scaling=1.0,
-            tied_embeddings=True,
-            scale_embeddings=True,
-        ),
-        "dtype": "float32",
-    }
-    for name, fields in parts.items():
-        if isinstance(fields, dict):
-            config[name] |= fields
-        else:
-            config[name] = fields
-    return from_mapping(ModelConfig, config)
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

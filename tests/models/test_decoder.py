@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from transformers import (
     Gemma2Config,
@@ -22,13 +21,10 @@ from storm_jax.config import ConfigError, DecoderConfig
 from storm_jax.models.attention import attention, causal_mask
 from storm_jax.models.decoder import Decoder
 from storm_jax.models.layers import rotary
-from tests.models.references import (
-    decoder_config,
-    decoder_params,
-    randomise,
-    tiny_model,
-    with_params,
-)
+from tests.models.references import decoder_config, decoder_params, randomise, with_params
+from tests.tiny import tiny_model
+
+torch = pytest.importorskip("torch")
 
 TOLERANCE = 2e-5  # absolute, on logits of size 1
 WINDOW = 5

@@ -7,7 +7,6 @@ import dataclasses
 
 import jax
 import pytest
-import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -24,7 +23,10 @@ from transformers import (
 from configs import common
 from storm_jax.config import DecoderConfig, ModelConfig, VitConfig, from_mapping
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
-from tests.models.references import decoder_config, tiny_model
+from tests.models.references import decoder_config
+from tests.tiny import tiny_model
+
+torch = pytest.importorskip("torch")
 
 GEMMA2 = dict(
     attn_logit_softcapping=50.0,

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from storm_jax.models.projector import Projector, pixel_shuffle
-from tests.models.references import flat_square, tiny_model, with_params
+from tests.models.references import flat_square, with_params
+from tests.tiny import tiny_model
+
+torch = pytest.importorskip("torch")
 
 
 def test_order_of_an_even_grid():

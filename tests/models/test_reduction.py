@@ -8,7 +8,7 @@ import pytest
 
 from storm_jax.config import ConfigError, ReductionConfig
 from storm_jax.models.reduction import reduce_tokens
-from tests.models.references import tiny_model
+from tests.tiny import tiny_model
 
 
 def reduced(video, config: ReductionConfig):

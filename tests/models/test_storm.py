@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, SiglipVisionConfig, SiglipVisionModel
 
 from storm_jax.config import VISUAL, TemporalConfig
@@ -21,9 +20,11 @@ from tests.models.references import (
     shapes,
     temporal_encoder,
     temporal_params,
-    tiny_model,
     vit_params,
 )
+from tests.tiny import tiny_model
+
+torch = pytest.importorskip("torch")
 
 V = VISUAL
 FRAMES, LENGTH = 5, 20

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from transformers import MambaConfig
-from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from storm_jax.config import ConfigError, TemporalConfig
 from storm_jax.models.temporal import TemporalEncoder
 from tests.models.references import temporal_encoder, temporal_params, with_params
+
+torch = pytest.importorskip("torch")
 
 WIDTH, STATE, CONV, RANK, INNER = 6, 4, 4, 3, 12
 TOKENS = 3  # of a frame
@@ -83,6 +83,8 @@ def test_forward_layer_is_the_mixer_of_transformers():
         use_conv_bias=True,
         vocab_size=8,
     )
+    from transformers.models.mamba.modeling_mamba import MambaMixer  # needs torch when imported
+
     mixer = MambaMixer(hf_config, layer_idx=0).eval()
     norm = torch.nn.LayerNorm(WIDTH, eps=1e-6)
     generator = torch.Generator().manual_seed(0)

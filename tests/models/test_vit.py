@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from storm_jax.config import ConfigError, VitConfig
 from storm_jax.models.vit import Vit, resize_positions
 from tests.models.references import pixels, randomise, vit_params, with_params
+
+torch = pytest.importorskip("torch")
 
 LAYERS, WIDTH, HEADS, MLP, PATCH = 3, 24, 3, 40, 7
 TABLE = 4  # side of the position table

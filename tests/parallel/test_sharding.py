@@ -14,7 +14,7 @@ from storm_jax.config import VISUAL, MeshConfig
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel import sharding
 from storm_jax.parallel.mesh import make_mesh
-from tests.models.references import tiny_model
+from tests.tiny import tiny_model
 
 BATCH = ("data", "fsdp")
 
