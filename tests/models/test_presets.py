@@ -244,7 +244,7 @@ def test_every_size_builds_whole(size):
     """Projector and temporal encoder counted by their formulas."""
     config = from_mapping(ModelConfig, common.run("test", size).model.to_dict())
     params = abstract(config)
-    assert tuple(params) == PARTS or set(params) == set(PARTS)
+    assert set(params) == set(PARTS)
     cells = {"tiny": 16}.get(size, 4)  # patches of one token
     D, channels = config.decoder.width, cells * config.vit.width
     assert count_parameters(params["projector"]) == 2 * channels + channels * D + D
