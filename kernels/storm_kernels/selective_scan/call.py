@@ -20,6 +20,7 @@ class ScanCall:
         initial_state: [batch, channels, state], zeros where the caller gave none.
         segment_ids: int32 [batch, length] or None.
         delta_softplus, reverse, layout, chunk_size: as in the public signature.
+        output_dtype: the dtype of y.
     """
 
     u: jax.Array
@@ -36,6 +37,7 @@ class ScanCall:
     reverse: bool
     layout: str
     chunk_size: int | None
+    output_dtype: jnp.dtype
 
     @property
     def accumulation_dtype(self) -> jnp.dtype:

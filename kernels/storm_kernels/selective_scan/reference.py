@@ -28,7 +28,7 @@ def reference_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
         call: the operands; see `ScanCall`.
 
     Returns:
-        y: in u's shape and dtype.
+        y: in u's shape and `output_dtype`.
         h: [batch, channels, state] in the accumulation dtype.
     """
     call = promote_varying(call)
@@ -65,7 +65,7 @@ def reference_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
             new_BEG = jnp.where(valid_B[:, None, None], new_BEG, h_BEG)
             y_BE = jnp.where(valid_B[:, None], y_BE, 0)
             last_id_B = jnp.where(valid_B, id_B, last_id_B)
-        return (new_BEG, last_id_B), y_BE.astype(call.u.dtype)
+        return (new_BEG, last_id_B), y_BE.astype(call.output_dtype)
 
     valid_BL = None if call.segment_ids is None else call.segment_ids >= 0
 

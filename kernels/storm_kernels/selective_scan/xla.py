@@ -31,6 +31,7 @@ class _Static:
     length_axis: int  # of u, delta, z and y: 1 in layout "bld", 2 in "bdl"
     chunk: int
     associative: bool
+    output_dtype: jnp.dtype
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ def xla_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
         call: the operands; see `ScanCall`. `chunk_size=None` takes the platform's default.
 
     Returns:
-        y: in u's shape and dtype.
+        y: in u's shape and `output_dtype`.
         h: [batch, channels, state] in the accumulation dtype.
     """
     call = promote_varying(call)
@@ -67,6 +68,7 @@ def xla_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
         length_axis=1 if call.layout == "bld" else 2,
         chunk=min(call.length, call.chunk_size or default_chunk(platform)),
         associative=platform in xla_chunk.ASSOCIATIVE_PLATFORMS,
+        output_dtype=call.output_dtype,
     )
     arrays = _Arrays(**{f.name: getattr(call, f.name) for f in dataclasses.fields(_Arrays)})
     marks = None
@@ -225,7 +227,7 @@ def _forward(static, arrays, marks, keep_states):
         y = _store(y, y_TBE, start, static.length_axis)
         return (h_NGP, y), before_NGP if keep_states else None
 
-    carry = (_state_in(arrays.initial_state, groups), jnp.zeros_like(arrays.u))
+    carry = (_state_in(arrays.initial_state, groups), jnp.zeros_like(arrays.u, static.output_dtype))
     (h_NGP, y), states = _over_chunks(body, carry, static, arrays.B.shape[1], static.reverse)
     return y, _state_out(h_NGP, channels), states
 
