@@ -22,9 +22,10 @@ import jax.numpy as jnp  # noqa: E402
 import jaxlib  # noqa: E402
 import numpy as np  # noqa: E402
 
-from storm_kernels.selective_scan import IMPLEMENTATIONS, selective_scan  # noqa: E402
+from storm_kernels.selective_scan import selective_scan  # noqa: E402
 from storm_kernels.selective_scan.shapes import default_chunk  # noqa: E402
 
+IMPLEMENTATIONS = ("reference", "xla")
 # name: (batch, length, channels, state, with D + z + bias + softplus, repetitions)
 CASES = {
     "long": (1, 32768, 512, 16, False, 3),

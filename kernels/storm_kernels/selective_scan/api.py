@@ -4,12 +4,8 @@ from typing import Literal
 
 import jax
 
+from storm_kernels.selective_scan import dispatch
 from storm_kernels.selective_scan.checks import checked_call
-from storm_kernels.selective_scan.reference import reference_scan
-from storm_kernels.selective_scan.xla import xla_scan
-
-IMPLEMENTATIONS = ("reference", "xla")
-"""The names that `implementation` takes."""
 
 
 def selective_scan(
@@ -28,7 +24,7 @@ def selective_scan(
     reverse: bool = False,
     return_final_state: bool = False,
     output_dtype: jax.typing.DTypeLike | None = None,
-    implementation: Literal["reference", "xla"] | None = None,
+    implementation: dispatch.Name | None = None,
     layout: Literal["bld", "bdl"] = "bld",
     chunk_size: int | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -75,9 +71,11 @@ def selective_scan(
         return_final_state: return (y, h) instead of y.
         output_dtype: the dtype of y, u's when absent; at most as wide as the arithmetic. float32
             with 16-bit operands keeps what rounding would lose.
-        implementation: "reference" (a plain loop, differentiated by JAX: slow, keeps every state)
-            or "xla" (chunked, keeps one state a chunk). None takes the platform's fastest that
-            serves the call, which is "xla" on all platforms.
+        implementation: "reference" (a plain loop, differentiated by JAX: slow, keeps every
+            state), "xla" (chunked, keeps one state a chunk), "pallas_tpu" (a TPU kernel) or
+            "triton_gpu" (an NVIDIA GPU kernel, needs jax-triton). None takes the fastest that
+            serves the call on the platform of the mesh in force, or else of JAX's default device:
+            the platform's kernel, or "xla" with a warning that says why.
         layout: "bld" as above, or "bdl": u, delta, z and y are [batch, channels, length].
         chunk_size: positions in a chunk, a hint about speed and memory, not about the result;
             None takes the platform's default and "reference" has no chunks.
@@ -87,7 +85,8 @@ def selective_scan(
         channels, state], float32 (float64 if an input is).
 
     Raises:
-        ValueError: a shape, layout, chunk size or implementation is wrong; the message names it.
+        ValueError: a shape, layout, chunk size or implementation is wrong, or the implementation
+            does not serve the call; the message says which and why.
         TypeError: a dtype is wrong; the message names the argument.
 
     Source: Gu and Dao 2023 (arXiv:2312.00752), section 3.2 and `selective_scan_ref` of mamba_ssm,
@@ -98,13 +97,5 @@ def selective_scan(
         delta_softplus=delta_softplus, reverse=reverse, layout=layout, chunk_size=chunk_size,
         output_dtype=output_dtype,
     )  # fmt: skip
-    if implementation is None or implementation == "xla":
-        y, h = xla_scan(call)
-    elif implementation == "reference":
-        y, h = reference_scan(call)
-    else:
-        raise ValueError(
-            f"implementation={implementation!r} does not exist; there are "
-            f"{', '.join(map(repr, IMPLEMENTATIONS))}, and None for the platform's default"
-        )
+    y, h = dispatch.implementation_for(call, implementation).scan(call)
     return (y, h) if return_final_state else y

@@ -14,5 +14,5 @@ XLA_CHUNK = {
 
 
 def default_chunk(platform: str) -> int:
-    """The chunk of the XLA scan on a platform as `jax.default_backend()` names it."""
+    """The chunk of the XLA scan on a platform as `platform_of` names it."""
     return XLA_CHUNK.get(platform, XLA_CHUNK["gpu"])

@@ -18,6 +18,7 @@ from jax import lax
 
 from storm_kernels.selective_scan import xla_chunk
 from storm_kernels.selective_scan.call import ScanCall, promote_varying
+from storm_kernels.selective_scan.platforms import platform_of
 from storm_kernels.selective_scan.segments import segment_marks
 from storm_kernels.selective_scan.shapes import default_chunk
 
@@ -61,7 +62,7 @@ def xla_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
         h: [batch, channels, state] in the accumulation dtype.
     """
     call = promote_varying(call)
-    platform = jax.default_backend()
+    platform = platform_of(call.u)
     static = _Static(
         delta_softplus=call.delta_softplus,
         reverse=call.reverse,
