@@ -1,6 +1,13 @@
 """The selective scan (Mamba-1) behind one signature; see `api.selective_scan`."""
 
 from storm_kernels.selective_scan.api import selective_scan
+from storm_kernels.selective_scan.bidirectional import selective_scan_bidirectional
 from storm_kernels.selective_scan.dispatch import IMPLEMENTATIONS
+from storm_kernels.selective_scan.step import selective_scan_step
 
-__all__ = ["IMPLEMENTATIONS", "selective_scan"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "selective_scan",
+    "selective_scan_bidirectional",
+    "selective_scan_step",
+]

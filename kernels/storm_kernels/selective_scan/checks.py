@@ -29,15 +29,49 @@ def checked_call(
             f"u has shape {u.shape}, expected {names}, no axis empty (layout={layout!r})"
         )
     batch, length, channels = u.shape if layout == "bld" else (u.shape[0], u.shape[2], u.shape[1])
+    operands = _operands(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, "initial_state",
+        leading=(batch, length), channels=channels, names=names, output_dtype=output_dtype,
+    )  # fmt: skip
+    if segment_ids is not None:
+        segment_ids = checked_segment_ids(segment_ids, (batch, length))
+    return ScanCall(
+        **operands, segment_ids=segment_ids, delta_softplus=delta_softplus, reverse=reverse,
+        layout=layout, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def checked_step(
+    state, u, delta, A, B, C, D, z, delta_bias, *, delta_softplus, output_dtype
+) -> ScanCall:
+    """As `checked_call` for `selective_scan_step`: the call has no length axis anywhere."""
+    u = floating("u", u)
+    if u.ndim != 2 or 0 in u.shape:
+        raise ValueError(f"u has shape {u.shape}, expected [batch, channels], no axis empty")
+    operands = _operands(
+        u, delta, A, B, C, D, z, delta_bias, state, "state", leading=u.shape[:1],
+        channels=u.shape[1], names="[batch, channels]", output_dtype=output_dtype,
+    )  # fmt: skip
+    return ScanCall(
+        **operands, segment_ids=None, delta_softplus=delta_softplus, reverse=False, layout="bld",
+        chunk_size=None,
+    )  # fmt: skip
+
+
+def _operands(
+    u, delta, A, B, C, D, z, delta_bias, state, state_name,
+    *, leading, channels, names, output_dtype,
+) -> dict:  # fmt: skip
+    """The floating operands by their names in `ScanCall`, and y's dtype."""
     delta = shaped("delta", floating("delta", delta), u.shape, f"{names}, as u")
     A = floating("A", A)
     if A.ndim != 2 or A.shape[0] != channels or A.shape[1] == 0:
         raise ValueError(f"A has shape {A.shape}, expected ({channels}, state): [channels, state]")
-    state = A.shape[1]
-    B = _grouped("B", floating("B", B), (batch, length), channels, state)
-    C = _grouped("C", floating("C", C), (batch, length), channels, state)
+    states = A.shape[1]
+    B = _grouped("B", floating("B", B), leading, channels, states)
+    C = _grouped("C", floating("C", C), leading, channels, states)
     if B.shape != C.shape:
-        raise ValueError(f"C has {C.shape[2]} groups, expected {B.shape[2]}, as B")
+        raise ValueError(f"C has {C.shape[-2]} groups, expected {B.shape[-2]}, as B")
     if D is not None:
         D = shaped("D", floating("D", D), (channels,), "[channels]")
     if z is not None:
@@ -45,20 +79,19 @@ def checked_call(
     if delta_bias is not None:
         delta_bias = floating("delta_bias", delta_bias)
         delta_bias = shaped("delta_bias", delta_bias, (channels,), "[channels]")
-    acc = _accumulation_dtype(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    shape = (batch, channels, state)
-    if initial_state is None:
-        initial_state = jnp.zeros(shape, acc)
+    acc = _accumulation_dtype(u, delta, A, B, C, D, z, delta_bias, state)
+    shape = (leading[0], channels, states)
+    if state is None:
+        state = jnp.zeros(shape, acc)
     else:
-        initial_state = _state("initial_state", initial_state, shape, acc)
-    if segment_ids is not None:
-        segment_ids = checked_segment_ids(segment_ids, (batch, length))
-    return ScanCall(
-        u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
-        initial_state=initial_state, segment_ids=segment_ids, delta_softplus=delta_softplus,
-        reverse=reverse, layout=layout, chunk_size=chunk_size,
-        output_dtype=_output_dtype(output_dtype, u.dtype, acc),
-    )  # fmt: skip
+        state = jnp.asarray(state)
+        if state.dtype not in (jnp.float32, jnp.float64):
+            raise TypeError(f"{state_name} has dtype {state.dtype}, expected float32")
+        state = shaped(state_name, state, shape, "[batch, channels, state]").astype(acc)
+    return {
+        "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias,
+        "initial_state": state, "output_dtype": _output_dtype(output_dtype, u.dtype, acc),
+    }  # fmt: skip
 
 
 def floating(name: str, x) -> jax.Array:
@@ -104,13 +137,6 @@ def _output_dtype(output_dtype, default, acc):
             f" output_dtype={acc}"
         )
     return dtype
-
-
-def _state(name, state, shape, acc):
-    state = jnp.asarray(state)
-    if state.dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"{name} has dtype {state.dtype}, expected float32")
-    return shaped(name, state, shape, "[batch, channels, state]").astype(acc)
 
 
 def _grouped(name, x, leading, channels, state) -> jax.Array:

@@ -35,31 +35,15 @@ def reference_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
     if call.layout == "bdl":
         return _in_layout_bdl(call)
     acc = call.accumulation_dtype
-    channels = call.u.shape[2]
-    per_group = channels // call.B.shape[2]
-    A_EG = call.A.astype(acc)
 
     def step(carry, position):
         h_BEG, last_id_B = carry
         u_BE, delta_BE, B_BKG, C_BKG, z_BE, id_B = position
-        u_BE, dt_BE = u_BE.astype(acc), delta_BE.astype(acc)
-        B_BEG = jnp.repeat(B_BKG.astype(acc), per_group, axis=1)
-        C_BEG = jnp.repeat(C_BKG.astype(acc), per_group, axis=1)
-        if call.delta_bias is not None:
-            dt_BE += call.delta_bias.astype(acc)
-        if call.delta_softplus:
-            dt_BE = softplus(dt_BE)
         before_BEG = h_BEG
         if id_B is not None:
             restart_B = (last_id_B >= 0) & (id_B != last_id_B)
             before_BEG = jnp.where(restart_B[:, None, None], 0, h_BEG)
-        new_BEG = jnp.exp(dt_BE[..., None] * A_EG) * before_BEG
-        new_BEG += (dt_BE * u_BE)[..., None] * B_BEG
-        y_BE = jnp.einsum("beg,beg->be", new_BEG, C_BEG, precision=lax.Precision.HIGHEST)
-        if call.D is not None:
-            y_BE += call.D.astype(acc) * u_BE
-        if z_BE is not None:
-            y_BE *= jax.nn.silu(z_BE.astype(acc))
+        new_BEG, y_BE = advance(call, before_BEG, u_BE, delta_BE, B_BKG, C_BKG, z_BE)
         if id_B is not None:
             valid_B = id_B >= 0
             new_BEG = jnp.where(valid_B[:, None, None], new_BEG, h_BEG)
@@ -87,6 +71,38 @@ def reference_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
         reverse=call.reverse,
     )
     return jnp.moveaxis(y_LBE, 0, 1), h_BEG
+
+
+def advance(
+    call: ScanCall,
+    h_BEG: jax.Array,
+    u_BE: jax.Array,
+    delta_BE: jax.Array,
+    B_BKG: jax.Array,
+    C_BKG: jax.Array,
+    z_BE: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """One position: the state after it and y, in the accumulation dtype.
+
+    `call` gives A, D, delta_bias and delta_softplus; h is the state before the position.
+    """
+    acc = call.accumulation_dtype
+    per_group = u_BE.shape[1] // B_BKG.shape[1]
+    u_BE, dt_BE = u_BE.astype(acc), delta_BE.astype(acc)
+    B_BEG = jnp.repeat(B_BKG.astype(acc), per_group, axis=1)
+    C_BEG = jnp.repeat(C_BKG.astype(acc), per_group, axis=1)
+    if call.delta_bias is not None:
+        dt_BE += call.delta_bias.astype(acc)
+    if call.delta_softplus:
+        dt_BE = softplus(dt_BE)
+    h_BEG = jnp.exp(dt_BE[..., None] * call.A.astype(acc)) * h_BEG
+    h_BEG += (dt_BE * u_BE)[..., None] * B_BEG
+    y_BE = jnp.einsum("beg,beg->be", h_BEG, C_BEG, precision=lax.Precision.HIGHEST)
+    if call.D is not None:
+        y_BE += call.D.astype(acc) * u_BE
+    if z_BE is not None:
+        y_BE *= jax.nn.silu(z_BE.astype(acc))
+    return h_BEG, y_BE
 
 
 def _in_layout_bdl(call: ScanCall) -> tuple[jax.Array, jax.Array]:
