@@ -21,6 +21,7 @@ def causal_conv1d(
     reverse: bool = False,
     activation: Literal["silu"] | None = None,
     return_final_state: bool = False,
+    layout: Literal["bld", "bdl"] = "bld",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Convolves every channel with its own K weights over the positions up to its own.
 
@@ -46,6 +47,8 @@ def causal_conv1d(
         reverse: convolve towards the end instead of the beginning.
         activation: None or "silu".
         return_final_state: return (y, state) instead of y.
+        layout: "bld" as above, or "bdl": x and y are [batch, channels, length], and nothing is
+            transposed but the state, which is [batch, K - 1, channels] in both.
 
     Returns:
         y in the shape and dtype of x; with `return_final_state` also [batch, K - 1, channels] in
@@ -53,63 +56,81 @@ def causal_conv1d(
         come before), zero where a place is padding or is not in the last segment.
 
     Raises:
-        ValueError: a shape or the activation is wrong; the message names it.
+        ValueError: a shape, the layout or the activation is wrong; the message names it.
         TypeError: a dtype is wrong; the message names the argument.
 
     Source: `causal_conv1d_fn` of causal-conv1d (Dao-AILab), whose weight is [channels, K].
     """
     x, weight, bias, segment_ids, initial_state = _checked(
-        x, weight, bias, segment_ids, initial_state, activation
+        x, weight, bias, segment_ids, initial_state, activation, layout
     )
-    length, width = x.shape[1], weight.shape[0]
+    axis = 1 if layout == "bld" else 2
+    length, width = x.shape[axis], weight.shape[0]
     acc = jnp.promote_types(x.dtype, jnp.float32)
+
+    def by_place(flag_BL):  # broadcasts over the channels
+        return jnp.expand_dims(flag_BL, 3 - axis)
+
+    def by_channel(weight_E):  # broadcasts over the positions
+        return jnp.expand_dims(weight_E.astype(acc), axis - 1)
+
     valid = number = None
     if segment_ids is not None:
         valid, restart = segment_marks(segment_ids, reverse)
         # Segments numbered from 0 in scan direction; the initial state is part of number 0.
         number = jax.lax.cumsum(restart.astype(jnp.int32), axis=1, reverse=reverse)
-        x = jnp.where(valid[..., None], x, 0)
+        x = jnp.where(by_place(valid), x, 0)
 
-    def extend(body, state):
-        return jnp.concatenate([body, state] if reverse else [state, body], axis=1)
+    def extend(body, state, axis):
+        return jnp.concatenate([body, state] if reverse else [state, body], axis)
 
     if initial_state is None:
-        initial_state = jnp.zeros_like(x, shape=(x.shape[0], width - 1, x.shape[2]))
-    places = extend(x, initial_state.astype(x.dtype))
+        initial_state = jnp.zeros_like(x, shape=(x.shape[0], width - 1, x.shape[3 - axis]))
+    places = extend(x, _oriented(initial_state.astype(x.dtype), axis), axis)
     numbers = None
     if number is not None:
-        numbers = extend(number, jnp.zeros_like(number, shape=(x.shape[0], width - 1)))
+        before = jnp.zeros_like(number, shape=(x.shape[0], width - 1))
+        numbers = extend(number, before, 1)
 
     y = jnp.zeros((), acc)
     for k in range(width):
         first = width - 1 - k if reverse else k
-        tap = places[:, first : first + length]
+        tap = jax.lax.slice_in_dim(places, first, first + length, axis=axis)
         if number is not None and numbers is not None and k < width - 1:
             same = numbers[:, first : first + length] == number
-            tap = jnp.where(same[..., None], tap, 0)
-        y = y + weight[k].astype(acc) * tap.astype(acc)
+            tap = jnp.where(by_place(same), tap, 0)
+        y = y + by_channel(weight[k]) * tap.astype(acc)
     if bias is not None:
-        y = y + bias.astype(acc)
+        y = y + by_channel(bias)
     if activation == "silu":
         y = jax.nn.silu(y)
     if valid is not None:
-        y = jnp.where(valid[..., None], y, 0)
+        y = jnp.where(by_place(valid), y, 0)
     y = y.astype(x.dtype)
     if not return_final_state:
         return y
-    state = places[:, : width - 1] if reverse else places[:, length:]
+    end = slice(None, width - 1) if reverse else slice(length, None)
+    state = _oriented(places[:, end] if axis == 1 else places[:, :, end], axis)
     if number is not None and numbers is not None:
-        kept = numbers[:, : width - 1] if reverse else numbers[:, length:]
         last = number[:, :1] if reverse else number[:, -1:]
-        state = jnp.where((kept == last)[..., None], state, 0)
+        state = jnp.where((numbers[:, end] == last)[..., None], state, 0)
     return y, state
 
 
-def _checked(x, weight, bias, segment_ids, initial_state, activation):
+def _oriented(state, axis):
+    """Between [batch, K - 1, channels] and the order of x with its positions on `axis`."""
+    return state if axis == 1 else jnp.swapaxes(state, 1, 2)
+
+
+def _checked(x, weight, bias, segment_ids, initial_state, activation, layout):
+    if layout not in ("bld", "bdl"):
+        raise ValueError(f"layout={layout!r}, expected 'bld' or 'bdl'")
     x, weight = jnp.asarray(x), jnp.asarray(weight)
     if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x has shape {x.shape}, expected [batch, length, channels], none empty")
-    batch, length, channels = x.shape
+        names = "[batch, length, channels]" if layout == "bld" else "[batch, channels, length]"
+        raise ValueError(f"x has shape {x.shape}, expected {names}, none empty")
+    batch = x.shape[0]
+    length, channels = x.shape[1:] if layout == "bld" else x.shape[:0:-1]
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != channels:
         raise ValueError(f"weight has shape {weight.shape}, expected (K, {channels}), K >= 1")
     expected = {

@@ -12,7 +12,7 @@ from storm_kernels import causal_conv1d as module
 from tests.kernels.scan_cases import packed_ids
 
 causal_conv1d = jax.jit(
-    module.causal_conv1d, static_argnames=("reverse", "activation", "return_final_state")
+    module.causal_conv1d, static_argnames=("reverse", "activation", "return_final_state", "layout")
 )
 
 
@@ -107,6 +107,37 @@ def test_reverse_is_the_flipped_convolution():
 
 
 @pytest.mark.parametrize("reverse", [False, True])
+def test_the_layout_changes_nothing_but_the_order_of_axes(reverse):
+    case = inputs(11)
+    turned = case | {"x": jnp.swapaxes(case["x"], 1, 2)}
+    options = {"reverse": reverse, "activation": "silu", "return_final_state": True}
+
+    def loss(case, layout):
+        y, state = causal_conv1d(**case, **options, layout=layout)
+        y = jnp.swapaxes(y, 1, 2) if layout == "bdl" else y
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state)), (y, state)
+
+    def both(case, layout):
+        ids = {"segment_ids": case["segment_ids"]}
+        floats = {k: v for k, v in case.items() if k not in ids}
+        return jax.jit(jax.grad(lambda floats: loss(floats | ids, layout), has_aux=True))(floats)
+
+    (expected, outputs), (got, outputs_turned) = both(case, "bld"), both(turned, "bdl")
+    got["x"] = jnp.swapaxes(got["x"], 1, 2)
+    for value, other in zip(outputs_turned, outputs, strict=True):
+        close(value, other, 1e-6, 1e-6)
+    for name in expected:
+        close(got[name], expected[name], 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_narrow_kernels_in_the_other_layout(width):
+    case = inputs(12, length=3, width=width)
+    turned = case | {"x": jnp.swapaxes(case["x"], 1, 2)}
+    close(jnp.swapaxes(causal_conv1d(**turned, layout="bdl"), 1, 2), loop(**case))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("segments", [False, True])
 def test_calls_with_a_carried_state_equal_one_call(reverse, segments):
     case = inputs(5, length=14)
@@ -184,6 +215,8 @@ def test_under_jit_and_vmap():
         ({"initial_state": jnp.zeros((2, 4, 3))}, ValueError, r"initial_state.*\(2, 3, 3\)"),
         ({"segment_ids": jnp.zeros((2, 3), "int32")}, ValueError, r"segment_ids.*\(2, 17\)"),
         ({"segment_ids": jnp.zeros((2, 17))}, TypeError, "segment_ids has dtype float32"),
+        ({"layout": "ldb"}, ValueError, "layout='ldb', expected 'bld' or 'bdl'"),
+        ({"layout": "bdl"}, ValueError, r"weight has shape \(4, 3\), expected \(K, 17\)"),
         ({"activation": "gelu"}, ValueError, "activation='gelu', expected None or 'silu'"),
     ],
 )

@@ -60,8 +60,7 @@ def selective_scan_bidirectional(
     operands = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     forward, backward = (
         _call(
-            tuple(_of(x, index) for x in operands),
-            segment_ids,
+            [_of(x, index) for x in operands] + [segment_ids],
             index == 1,
             delta_softplus,
             layout,
@@ -85,10 +84,10 @@ def _of(operand, index):
     return operand[index]
 
 
-def _call(operands, segment_ids, reverse, softplus, layout, chunk_size, output_dtype) -> ScanCall:
+def _call(operands, reverse, softplus, layout, chunk_size, output_dtype) -> ScanCall:
     try:
         return checked_call(
-            *operands, segment_ids, delta_softplus=softplus, reverse=reverse, layout=layout,
+            *operands, delta_softplus=softplus, reverse=reverse, layout=layout,
             chunk_size=chunk_size, output_dtype=output_dtype,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
