@@ -1,15 +1,23 @@
 """A validated call of the scan, in the one form that every implementation receives."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "segment_ids",
+    ],
+    meta_fields=["delta_softplus", "reverse", "layout", "chunk_size", "output_dtype"],
+)  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class ScanCall:
-    """Operands whose shapes and dtypes `api.selective_scan` has checked.
+    """Operands whose shapes and dtypes `api.selective_scan` has checked. A pytree of its arrays.
 
     Attributes:
         u, delta, z: [batch, length, channels], or [batch, channels, length] in layout "bdl";
@@ -54,8 +62,10 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def promote_varying(call: ScanCall) -> ScanCall:
+def promote_varying(call: ScanCall, also: tuple[str, ...] = ()) -> ScanCall:
     """Makes every operand vary over each manual mesh axis over which any of them varies.
+
+    The axes named in `also` count as if one varied over them.
 
     Inside `jax.shard_map` the loops of a scan need carries of one varying type, and a custom
     backward must return gradients of its primals' types. Weights usually are the same on every
@@ -67,7 +77,7 @@ def promote_varying(call: ScanCall) -> ScanCall:
         for field in dataclasses.fields(call)
         if isinstance(getattr(call, field.name), jax.Array)
     }
-    axes = frozenset().union(*(varying_axes(x) for x in arrays.values()))
+    axes = frozenset(also).union(*(varying_axes(x) for x in arrays.values()))
     cast = {
         name: lax.pcast(x, tuple(sorted(axes - varying_axes(x))), to="varying")
         for name, x in arrays.items()

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from storm_kernels.selective_scan import reference, xla
+from storm_kernels.selective_scan import reference, xla, xla_ends
 from storm_kernels.selective_scan.call import ScanCall
 from storm_kernels.selective_scan.platforms import platform_of
 
@@ -78,7 +78,12 @@ def load(name: str) -> Implementation:
     if name == "reference":
         return Implementation(name, reference.reference_scan)
     if name == "xla":
-        return Implementation(name, xla.xla_scan)
+        return Implementation(
+            name,
+            xla.xla_scan,
+            end_state=xla_ends.end_state,
+            entry_gradient=xla_ends.entry_gradient,
+        )
     if name in IMPLEMENTATIONS and importlib.util.find_spec(f"{__package__}.{name}") is None:
         return Implementation(name, xla.xla_scan, lambda call: "it is not part of this version")
     if name == "pallas_tpu":
