@@ -37,7 +37,12 @@ def narrow(x, kind):
     """Float64 to a type, to nearest even."""
     if kind == "bf16":
         return round_bf16(to_odd_f32(x))
-    return x.astype(DTYPES[kind])
+    return round_f16(x) if kind == "f16" else x.astype(DTYPES[kind])
+
+
+def round_f16(x):
+    """A float32 or float64 vector to f16; any NaN gives 0x7fff, as cvt does."""
+    return np.where(np.isnan(x), np.uint16(0x7FFF).view(np.float16), x.astype(np.float16))
 
 
 def round_bf16(x):
@@ -265,7 +270,7 @@ def convert(instruction):
         if source != "f32" or to_zero:
             return None
         half = PACKED[target]
-        one = round_bf16 if half == "bf16" else (lambda x: x.astype(np.float16))
+        one = round_bf16 if half == "bf16" else round_f16
         return lambda high, low: pack([one(low), one(high)])
     if source in FLOATS and target in FLOATS:
         return _float_to_float(modifiers, target, source, to_zero)

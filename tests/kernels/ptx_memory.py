@@ -55,7 +55,7 @@ class GlobalMemory:
         return (len(self.regions) << REGION_BITS) + int(_BASE)
 
     def views(self, address, width):
-        """Yields (positions, array of [rows, width] bytes, row of each position), by piece.
+        """A list of (positions, array of [rows, width] bytes, row of each position), by piece.
 
         `address` is uint64 [n]; accesses must be aligned to `width` bytes.
         """
@@ -69,6 +69,7 @@ class GlobalMemory:
             groups = [(first, everything)]
         else:
             groups = [(int(k), np.flatnonzero(number == k)) for k in np.unique(number)]
+        found = []
         for k, positions in groups:
             if not 1 <= k <= len(self.regions):
                 raise MemoryFault(f"address {int(address[positions[0]]):#x} is in no array")
@@ -80,9 +81,9 @@ class GlobalMemory:
                     continue
                 rows = raw[: len(raw) // width * width].reshape(-1, width)
                 if inside.all():
-                    yield positions, rows, (offset - start) // width
+                    found.append((positions, rows, (offset - start) // width))
                 else:
-                    yield positions[inside], rows, (offset[inside] - start) // width
+                    found.append((positions[inside], rows, (offset[inside] - start) // width))
                 left &= ~inside
                 if not left.any():
                     break
@@ -90,6 +91,7 @@ class GlobalMemory:
                 raise MemoryFault(
                     f"{width} bytes at {self.describe(int(address[positions[left][0]]))}"
                 )
+        return found
 
     def describe(self, address):
         number = address >> REGION_BITS
