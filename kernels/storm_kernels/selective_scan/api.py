@@ -50,7 +50,9 @@ def selective_scan(
     zeros where a cut coincides with the border of two segments.
 
     Everything is differentiable in reverse mode, the initial and the final state included.
-    Gradients have their operands' dtypes; sums over positions are accumulated in float32.
+    Gradients have their operands' dtypes; sums over positions are accumulated in float32. Second
+    derivatives are taken through "reference" and "xla", which then keep every state; the kernels
+    refuse them.
 
     Args:
         u: [batch, length, channels], float16, bfloat16, float32 or float64, as all operands that

@@ -30,7 +30,7 @@ from storm_kernels.selective_scan.xla_operands import (
 
 
 def xla_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
-    """Runs a validated call in chunks; differentiable once.
+    """Runs a validated call in chunks. Its gradients are differentiated by JAX, state by state.
 
     Args:
         call: the operands; see `ScanCall`. `chunk_size=None` takes the platform's default.
