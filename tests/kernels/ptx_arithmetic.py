@@ -179,7 +179,7 @@ def float_function(opcode, modifiers, kind):
             return pack([one(*part) for part in parts])
 
         return one and of_packed
-    if any(m in ("rz", "rm", "rp", "relu", "xorsign") for m in modifiers):
+    if any(m in ("rz", "rm", "rp", "relu") for m in modifiers):
         return None
     function = _plain_float_function(opcode, modifiers, kind)
     if function is None:
@@ -207,6 +207,12 @@ def _plain_float_function(opcode, modifiers, kind):
         return _sign_bit(opcode)
     if opcode in ("min", "max"):
         function = {"min": (MIN, MIN_NAN), "max": (MAX, MAX_NAN)}[opcode]["NaN" in modifiers]
+        if "xorsign" in modifiers:
+            of_magnitudes = function
+            function = lambda a, b: np.copysign(  # noqa: E731
+                of_magnitudes(np.abs(a), np.abs(b)),
+                np.where(np.signbit(a) ^ np.signbit(b), a.dtype.type(-1), a.dtype.type(1)),
+            )
     elif opcode in ("fma", "mad"):
         if kind == "f32":
             return fma_f32

@@ -182,6 +182,10 @@ def test_min_and_max_of_nan_and_zeros():
     np.testing.assert_array_equal(np.signbit(of("min")[3:5]), [True, True])
     np.testing.assert_array_equal(np.signbit(of("max")[3:5]), [False, False])
     np.testing.assert_array_equal(of("max.NaN"), [np.nan, np.nan, np.nan, 0, 0, 3])
+    z = np.array([-3, 2, -0.5, np.inf], np.float32).view(np.uint32)
+    w = np.array([2, 3, -7, -1], np.float32).view(np.uint32)
+    got = apply("min.xorsign.abs.f32 {d}, {0}, {1}", z, w).view(np.float32)
+    np.testing.assert_array_equal(got, [-2, 2, 0.5, -1])
 
 
 def test_ftz_flushes_and_the_others_do_not():
