@@ -16,9 +16,12 @@ from jax import lax
 # CPU, measured at B=1, L=4096, E=512, G=16 turn by turn on 2 busy Xeon cores, jax 0.10.2, ns for a
 # state element, forward and forward + backward: steps 1.5 and 5.1; an associative scan 2.6 and 29
 # in chunks of 8, 5.2 and 66 in chunks of 32. Several steps written out in one loop body are slower
-# too (forward 2.7 to 3.7 against 0.63): XLA fuses them and computes the first ones again.
+# too (forward 2.7 to 3.7 against 0.63): XLA fuses them and computes the first ones again. Working
+# out all exponentials of a chunk first gains 5 to 12 % backward and loses up to 28 % forward.
 # GPU: an H100 runs the associative scan 5 to 20 times faster (benchmarks/results/scan_gpu.json):
-# one step fills little of the card. TPU: not measured, taken to be as the GPU.
+# one step fills little of the card. TPU: not run; the compiler's own estimates for one v5e (libtpu
+# 0.0.42.1) at L=8192, E=2304, G=16, bf16, chunks of 128, in millions of cycles, forward and forward
+# + backward: associative 48 and 186, steps 189 and 706, 32 steps written out 131 forward.
 ASSOCIATIVE_PLATFORMS = ("gpu", "tpu")
 
 
