@@ -95,6 +95,29 @@ def fma_f32(a, b, c):
     return total.astype(np.float32)
 
 
+def fma_f64(a, b, c):
+    """a * b + c from sums and products without error; the last bit may be rounded twice."""
+    product = a * b
+    error = _product_error(a, b, product)
+    total = product + c
+    back = total - product
+    error = error + ((product - (total - back)) + (c - back))
+    better = total + error
+    return np.where(np.isfinite(better), better, total)
+
+
+def _product_error(a, b, product):
+    """a * b - product by Veltkamp's and Dekker's splitting."""
+
+    def halves(x):
+        scaled = x * 134217729.0
+        high = scaled - (scaled - x)
+        return high, x - high
+
+    (a1, a2), (b1, b2) = halves(a), halves(b)
+    return ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+
+
 def flush(x):
     """Subnormal float32 to zero of its sign (`.ftz`)."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
@@ -179,9 +202,9 @@ def float_function(opcode, modifiers, kind):
             return pack([one(*part) for part in parts])
 
         return one and of_packed
-    if any(m in ("rz", "rm", "rp", "relu") for m in modifiers):
+    if "relu" in modifiers:
         return None
-    function = _plain_float_function(opcode, modifiers, kind)
+    function = _directed(opcode, modifiers, kind) or _plain_float_function(opcode, modifiers, kind)
     if function is None:
         return None
     if "ftz" in modifiers and kind == "f32":
@@ -202,6 +225,31 @@ def float_function(opcode, modifiers, kind):
     return function
 
 
+def _directed(opcode, modifiers, kind):
+    """f32 sums and products rounded towards zero, down or up; None for other instructions."""
+    how = next((m for m in modifiers if m in ("rz", "rm", "rp")), None)
+    if how is None:
+        return None
+    if kind != "f32" or opcode not in ("add", "sub", "mul", "fma"):
+        raise NotImplementedError(f"{opcode}.{how}.{kind}")
+
+    def of(a, b, c=None):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        if opcode in ("add", "sub"):
+            return directed(_sum_to_odd(a, b if opcode == "add" else -b), how)
+        return directed(a * b if c is None else _sum_to_odd(a * b, c.astype(np.float64)), how)
+
+    return of
+
+
+def directed(x, how):
+    """float64 to float32 by rz, rm or rp; x exact, or rounded to odd."""
+    y = x.astype(np.float32)
+    towards = {"rz": np.float32(0), "rm": np.float32(-np.inf), "rp": np.float32(np.inf)}[how]
+    wrong = {"rz": np.abs(y) > np.abs(x), "rm": y > x, "rp": y < x}[how] & np.isfinite(x)
+    return np.where(wrong, np.nextafter(y, towards), y)
+
+
 def _plain_float_function(opcode, modifiers, kind):
     if kind == "bf16" and opcode in ("neg", "abs"):
         return _sign_bit(opcode)
@@ -217,7 +265,7 @@ def _plain_float_function(opcode, modifiers, kind):
         if kind == "f32":
             return fma_f32
         if kind == "f64":
-            return None  # one rounding of a float64 product needs more than float64
+            return fma_f64
         return lambda a, b, c: narrow(
             _sum_to_odd(widen(a, kind) * widen(b, kind), widen(c, kind)), kind
         )
@@ -311,14 +359,7 @@ def _float_to_float(modifiers, target, source, to_zero):
     if not to_zero:
         steps.append(lambda x: narrow(x, target))
     elif target == "f32":
-
-        def towards_zero(x):
-            y = x.astype(np.float32)
-            beyond = np.abs(y.astype(np.float64)) > np.abs(x)
-            beyond &= np.isfinite(x)
-            return np.where(beyond, (y.view(np.int32) - 1).view(np.float32), y)
-
-        steps.append(towards_zero)
+        steps.append(lambda x: directed(x, "rz"))
     elif target == "bf16" and source == "f32":
         steps.append(lambda x: (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
     else:

@@ -109,8 +109,8 @@ def _result(machine, instruction, function, kinds, target):
 def _arithmetic(machine, instruction):
     kind, opcode = instruction.type, instruction.opcode
     count = len(instruction.operands) - 1
-    if instruction.has("cc") or opcode in ("addc", "subc"):
-        raise instruction.unsupported()
+    if instruction.has("cc") or opcode in ("addc", "subc", "madc"):
+        return _with_carry(machine, instruction)
     if kind in FLOATS or kind in PACKED:
         function = arithmetic.float_function(opcode, instruction.modifiers, kind)
         if function is None:
@@ -153,6 +153,38 @@ def _integer_multiply(machine, instruction, kind):
     if mad:
         return _result(machine, instruction, lambda a, b, c: multiply(a, b) + c, [kind] * 3, kind)
     return _result(machine, instruction, multiply, [kind] * 2, kind)
+
+
+def _with_carry(machine, instruction):
+    """add, sub and mad that take (`c`) or leave (`.cc`) the carry of a longer number."""
+    opcode, bits = instruction.opcode, BITS[instruction.type]
+    if bits not in (32, 64) or (bits == 64 and opcode.startswith("mad")):
+        raise instruction.unsupported()
+    takes, leaves = opcode.endswith("c"), instruction.has("cc")
+    subtract = opcode.startswith("sub")
+    put = write(machine, instruction.operands[0], f"u{bits}")
+    reads = [read(machine, operand, f"u{bits}") for operand in instruction.operands[1:]]
+    signed = instruction.type.startswith("s")
+
+    def execute(mask):
+        *product, b = (r() for r in reads)
+        a = product[0]
+        if len(product) == 2:
+            c, d = (x.view(np.int32) if signed else x for x in product)
+            a = arithmetic.multiply_high(c, d) if instruction.has("hi") else c * d
+            a = a.view(np.uint32)
+        if subtract:
+            b = ~b
+        first = a + b
+        # A subtraction's flag is the borrow: a - b = a + ~b + 1.
+        carry = (machine.carry if takes else np.zeros(machine.threads, np.bool_)) ^ subtract
+        result = first + carry.astype(first.dtype)
+        put(result, mask)
+        if leaves:
+            out = ((first < a) | (result < first)) ^ subtract
+            machine.carry = out if mask is None else np.where(mask, out, machine.carry)
+
+    return execute
 
 
 def _shift(machine, instruction):
@@ -367,9 +399,9 @@ def _policy(machine, instruction):
 
 
 _ARITHMETIC = (
-    "add", "sub", "mul", "mad", "fma", "div", "rem", "neg", "abs", "min", "max", "rcp", "sqrt",
-    "rsqrt", "ex2", "lg2", "sin", "cos", "tanh", "copysign", "and", "or", "xor", "not", "brev",
-    "popc", "clz", "bfi",
+    "add", "addc", "sub", "subc", "mul", "mad", "madc", "fma", "div", "rem", "neg", "abs", "min",
+    "max", "rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh", "copysign",
+    "and", "or", "xor", "not", "brev", "popc", "clz", "bfi",
 )  # fmt: skip
 _DECODERS = {
     **dict.fromkeys(_ARITHMETIC, _arithmetic),

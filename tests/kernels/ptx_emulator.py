@@ -6,8 +6,9 @@
 Every instruction is decoded once into a function of NumPy vectors over all threads of many CTAs at
 once (`batch_threads`), so CTAs must not wait for each other. Threads that branch apart run by the
 smallest program counter first, under a mask. What is checked: bounds and alignment of every access,
-shared-memory races between warps, shuffles and votes that name absent lanes, barriers nobody
-reaches. Memory and registers start as NaN patterns. Numerics: see ptx_arithmetic.
+races between warps in shared memory and between CTAs in global memory, shuffles and votes that name
+absent lanes, barriers that some thread never reaches. Memory and registers start as NaN patterns.
+Numerics: see ptx_arithmetic.
 
 Not covered: TMA, mbarriers, tensor cores, clusters, calls, textures.
 """
@@ -27,7 +28,7 @@ from tests.kernels.ptx_memory import (
     SharedMemory,
     Window,
 )
-from tests.kernels.ptx_operands import smallest_shared_access
+from tests.kernels.ptx_operands import smallest_shared_access, smallest_store
 from tests.kernels.ptx_parser import BITS, Kernel, parse
 
 __all__ = ["MemoryFault", "RaceError", "Report", "Window", "run"]
@@ -66,7 +67,8 @@ def run(
             (Triton's scratch pointers) are null.
         shared_bytes: dynamic shared memory of a CTA.
         name: the kernel, where the module holds several.
-        check_races: raise `RaceError` on unsynchronised shared accesses of different warps.
+        check_races: raise `RaceError` on shared accesses of different warps with no barrier
+            between, and where a CTA reads or overwrites what another wrote (atomics excepted).
         batch_threads: at most this many threads run at once (at least one CTA).
         max_steps: raise `RuntimeError` after this many instructions of one batch.
 
@@ -82,7 +84,7 @@ def run(
         raise ValueError(f"num_threads is {num_threads}; the kernel says {kernel.required_threads}")
     if len(args) > len(kernel.parameters):
         raise ValueError(f"{len(args)} arguments for {len(kernel.parameters)} parameters")
-    memory = GlobalMemory()
+    memory = GlobalMemory(check_races, smallest_store(kernel))
     parameters = {
         parameter: _argument(memory, parameter, kind, args[k] if k < len(args) else None)
         for k, (parameter, kind) in enumerate(kernel.parameters)
@@ -129,7 +131,7 @@ class Machine:
         self.tid = (self.thread % num_threads).astype(np.uint32)
         self.lane = self.tid % np.uint32(32)
         self.warp = self.tid // np.uint32(32)
-        linear = batch[self.cta]
+        self.cta_number = linear = batch[self.cta]
         self.ctaid = [
             (linear % grid[0]).astype(np.uint32),
             (linear // grid[0] % grid[1]).astype(np.uint32),
@@ -144,6 +146,7 @@ class Machine:
         self._place_variables(shared_bytes, races)
         self.copies: list[tuple[np.ndarray, list]] = []  # cp.async groups: threads, stores
         self.open_copies: list = []
+        self.carry = np.zeros(self.threads, np.bool_)
         self.exited = np.zeros(self.threads, np.bool_)
         self.blocked: dict[int, list[tuple[int, np.ndarray, int | None]]] = {}
         self.waiting: dict[int, np.ndarray] = {}

@@ -23,7 +23,7 @@ class MemoryFault(Exception):
 
 
 class RaceError(Exception):
-    """Two warps touched the same shared bytes, one writing, with no barrier between."""
+    """Two threads touched the same bytes, one writing, in no order that the kernel ensures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,15 @@ class Window:
 
 
 class GlobalMemory:
-    """The arrays that pointer arguments name."""
+    """The arrays that pointer arguments name, and which CTA wrote what.
 
-    def __init__(self):
+    CTAs run in no order, so these are errors: a load of what another CTA wrote, and a store of a
+    new value over it. Atomics are left out. A unit of the check is `unit` bytes.
+    """
+
+    def __init__(self, check=False, unit=4):
+        self.check, self.unit = check, unit
+        self.owners: dict[int, np.ndarray] = {}  # by the address of an array's bytes: CTA + 1
         self.regions: list[tuple[str, list[tuple[int, np.ndarray]]]] = []
 
     def add(self, name: str, value) -> int:
@@ -102,18 +108,57 @@ class GlobalMemory:
         offset = address - (number << REGION_BITS) - int(_BASE)
         return f"byte {offset} of {name}, which holds bytes {held}"
 
-    def load(self, address, width, count):
+    def load(self, address, cta, width, count, check=True):
         """`count` elements of `width` bytes at each address: unsigned [n, count]."""
         out = np.empty((len(address), count), UNSIGNED[width])
         for positions, rows, row in self.views(address, width * count):
             out[positions] = rows.view(UNSIGNED[width])[row]
+            if self.check and check and rows.ctypes.data in self.owners:
+                table, units = self._units(rows, row)
+                foreign = (table[units] != 0) & (table[units] != cta[positions, None] + 1)
+                self._raise(foreign, "reads", address, cta, positions, table, units)
         return out
 
-    def store(self, address, values):
+    def store(self, address, cta, values, check=True):
         """Writes unsigned [n, count]."""
-        width = values.dtype.itemsize
-        for positions, rows, row in self.views(address, width * values.shape[1]):
-            rows.view(values.dtype)[row] = values[positions]
+        for positions, rows, row in self.views(address, values.dtype.itemsize * values.shape[1]):
+            cells, new = rows.view(values.dtype), values[positions]
+            check = check and self.check
+            if check:
+                table, units = self._units(rows, row)
+                foreign = (table[units] != 0) & (table[units] != cta[positions, None] + 1)
+                if foreign.any():
+                    # Replicated work that stores one value twice is harmless.
+                    foreign &= (cells[row] != new).any(1)[:, None]
+                    self._raise(foreign, "writes", address, cta, positions, table, units)
+                table[units] = cta[positions, None] + 1
+            cells[row] = new
+            if check and (cells[row] != new).any():
+                bad = positions[np.flatnonzero((cells[row] != new).any(1))[0]]
+                raise RaceError(
+                    f"threads write different values to {self.describe(int(address[bad]))} at once"
+                )
+
+    def _units(self, rows, row):
+        """An array's table of owners and, for rows of it, the units that they cover."""
+        key, width = rows.ctypes.data, rows.shape[1]
+        if key not in self.owners:
+            size = next(
+                len(raw) for _, pieces in self.regions for _, raw in pieces
+                if raw.ctypes.data == key
+            )  # fmt: skip
+            self.owners[key] = np.zeros(-(-size // self.unit), np.int32)
+        count = max(width // self.unit, 1)
+        return self.owners[key], (row * width // self.unit)[:, None] + np.arange(count)
+
+    def _raise(self, conflict, does, address, cta, positions, table, units):
+        if not conflict.any():
+            return
+        row, column = np.argwhere(conflict)[0]
+        raise RaceError(
+            f"CTA {cta[positions[row]]} {does} {self.describe(int(address[positions[row]]))}; CTA "
+            f"{table[units[row, column]] - 1} wrote there, and CTAs run in no order"
+        )
 
 
 class SharedMemory:
@@ -135,6 +180,8 @@ class SharedMemory:
             self.readers = np.zeros(ctas * self.stride // unit, np.uint32)
             self.writers = np.zeros_like(self.readers)
             self.touched: list[np.ndarray] = []
+            # The bytes as they will be when every copy under way has arrived; None: there is none.
+            self.future: np.ndarray | None = None
 
     def locate(self, address, cta, width):
         """Byte positions, bounds and alignment checked. `address` is [n] of any unsigned type."""
@@ -160,8 +207,13 @@ class SharedMemory:
         """Counts an asynchronous store as a write from its issue on; the bytes come later."""
         width = values.dtype.itemsize * values.shape[1]
         at = self.locate(address, cta, width)
-        if self.check:
-            self._written(at, warp, width, np.zeros(values.shape, np.bool_))
+        if not self.check:
+            return
+        if self.future is None:
+            self.future = self.bytes.copy()
+        rows, row = self.future.reshape(-1, width).view(values.dtype), at // width
+        self._written(at, warp, width, rows[row] == values)
+        rows[row] = values
 
     def store(self, address, cta, warp, values, check=True):
         width = values.dtype.itemsize * values.shape[1]
@@ -170,7 +222,11 @@ class SharedMemory:
         rows = self.bytes.reshape(-1, width).view(values.dtype)
         check = check and self.check
         if check:
-            self._written(at, warp, width, rows[row] == values)
+            ahead = rows
+            if self.future is not None:
+                ahead = self.future.reshape(-1, width).view(values.dtype)
+            self._written(at, warp, width, ahead[row] == values)
+            ahead[row] = values
         rows[row] = values
         if check and (rows[row] != values).any():
             bad = np.flatnonzero((rows[row] != values).any(1))[0]

@@ -161,6 +161,16 @@ def space_of(instruction):
     return ""
 
 
+def smallest_store(kernel):
+    """Bytes of the narrowest element that any instruction may store to global memory."""
+    widths = [
+        BITS[instruction.type] // 8
+        for instruction in kernel.instructions
+        if instruction.opcode == "st" and space_of(instruction) in ("global", "")
+    ]
+    return min(widths, default=4)
+
+
 def smallest_shared_access(kernel):
     """Bytes of the narrowest element that any instruction may move to or from shared memory."""
     smallest = 4
@@ -181,8 +191,7 @@ def access(machine, space, check=True):
     """(load, store) of a state space.
 
     load(address, mask, width, count, used) gives unsigned [active threads, count];
-    store(address, mask, values) takes the same. check=False: leave shared accesses out of the race
-    check.
+    store(address, mask, values) takes the same. check=False: leave them out of the race check.
     """
     if space == "shared":
 
@@ -205,10 +214,10 @@ def access(machine, space, check=True):
     elif space in ("global", "const"):
 
         def load(at, mask, width, count, used=None):
-            return machine.memory.load(at, width, count)
+            return machine.memory.load(at, _pick(machine.cta_number, mask), width, count, check)
 
         def store(at, mask, values):
-            machine.memory.store(at, values)
+            machine.memory.store(at, _pick(machine.cta_number, mask), values, check)
 
     else:
         return _generic_access(machine, check)

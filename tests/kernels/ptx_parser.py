@@ -141,6 +141,7 @@ _VARIABLE = re.compile(
 )
 _ADDRESS = re.compile(r"([%\w$]+)?\s*(?:([+-])\s*(-?\s*\w+))?$")
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+_LINE = re.compile(r"\.(loc|file)\b")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _USED = re.compile(r"used_bytes_mask\s+(\w+)")
 
@@ -223,7 +224,7 @@ class _Body:
                 self.label_scopes.pop()
                 if not self.scopes:
                     return
-            elif text.startswith((".loc", ".file"), at):
+            elif _LINE.match(text, at):
                 end = text.index("\n", at)
                 if loc := _LOC.match(text, at):
                     file = self.files.get(loc[1], "")

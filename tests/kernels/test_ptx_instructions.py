@@ -395,6 +395,51 @@ def test_wide_integers():
             assert result == of(x, y) % 2**64, (text, hex(x), hex(y))
 
 
+def test_carries():
+    rng = np.random.default_rng(12)
+    a, b = words(rng, 500, 64), words(rng, 500, 64)
+    open_, close = (
+        "{{ .reg .b32 a, b, c, d, e, f; mov.b64 {{a, b}}, {0}; mov.b64 {{c, d}}, {1};",
+        "}}",
+    )
+    for text, of in [
+        ("add.cc.u32 e, a, c; addc.u32 f, b, d;", lambda x, y: x + y),
+        ("sub.cc.u32 e, a, c; subc.u32 f, b, d;", lambda x, y: x - y),
+        (
+            "mad.lo.cc.u32 e, a, c, b; madc.hi.u32 f, a, c, d;",
+            lambda x, y: (x % 2**32) * (y % 2**32) + (x >> 32) + (y >> 32 << 32),
+        ),
+    ]:
+        got = apply(open_ + text + "mov.b64 {d}, {{e, f}};" + close, a, b, out=64)
+        for x, y, result in zip(a.tolist(), b.tolist(), got.tolist(), strict=True):
+            assert result == of(x, y) % 2**64, (text, hex(x), hex(y))
+
+
+def test_directed_rounding():
+    rng = np.random.default_rng(13)
+    a, b, c = (awkward("f32", 600, rng) for _ in range(3))
+    for text, of in [
+        ("add", lambda x, y, z: x + y),
+        ("mul", lambda x, y, z: x * y),
+        ("fma", lambda x, y, z: x * y + z),
+    ]:
+        third = ", {2}" if text == "fma" else ""
+        got = {
+            how: apply(f"{text}.{how}.f32 {{d}}, {{0}}, {{1}}{third}", a, b, c) for how in
+            ("rz", "rm", "rp", "rn")
+        }  # fmt: skip
+        for k, inputs in enumerate(zip(a, b, c, strict=True)):
+            expected = of(*(exact(v, "f32") for v in inputs))
+            down, up, zero = (exact(got[how][k], "f32") for how in ("rm", "rp", "rz"))
+            if isinstance(down, float) or isinstance(up, float):
+                continue  # beyond the largest float
+            # The two enclose the sum, the nearest is one of them, and no float lies between.
+            assert down <= expected <= up and zero == (down if expected > 0 else up)
+            assert exact(got["rn"][k], "f32") in (down, up)
+            after = np.nextafter(np.float32(float(down)), np.float32(np.inf))
+            assert down == up == expected or after == float(up)
+
+
 def test_packing_and_selection():
     rng = np.random.default_rng(7)
     a, b = words(rng, 64), words(rng, 64)
@@ -650,6 +695,24 @@ def test_races_of_two_writers():
         threads("mov.b32 %r1, smem; st.shared.b32 [%r1], %r0;", [], 64, 256)
 
 
+def test_races_between_ctas():
+    out = np.zeros(64, np.uint32)
+    store = "mov.u32 %r1, %ctaid.x; {} mad.wide.u32 %d1, %r2, 4, %d10; st.global.b32 [%d1], {};"
+    own = "mad.lo.u32 %r2, %r1, 32, %r0;"
+    for batch in (32, 64):  # CTAs one after the other, or both at once
+        options = dict(grid=(2, 1, 1), batch_threads=batch)
+        threads(store.format(own, "%r2"), [out], **options)
+        np.testing.assert_array_equal(out, np.arange(64))
+        threads(store.format("mov.b32 %r2, %r0;", "%r0"), [out], **options)  # twice the same
+        with pytest.raises(RaceError, match="byte 0 of p0"):
+            threads(store.format("mov.b32 %r2, %r0;", "%r1"), [out], **options)
+        with pytest.raises(RaceError, match="CTA 1 reads byte 0 of p0.*CTA 0 wrote there"):
+            threads(store.format(own, "%r2") + "ld.global.b32 %r5, [%d10];", [out], **options)
+        count = np.zeros(1, np.uint32)
+        threads("red.global.add.u32 [%d10], 1;", [count], **options)
+        assert count[0] == 64
+
+
 def test_bounds_and_alignment():
     store = "mad.wide.u32 %d1, %r0, 4, %d10; st.global.b32 [%d1+{}], %r0;"
     out = np.zeros(32, np.uint32)
@@ -751,6 +814,36 @@ def test_copies_arrive_when_waited_for():
     np.testing.assert_array_equal(out[0], source)
 
 
+def test_races_of_copies():
+    # Both warps copy to the same place, from the same or from different places.
+    source = np.arange(64, dtype=np.uint32)
+    body = """
+        mov.b32 %r1, smem;
+        mad.lo.u32 %r1, %r32, 4, %r1;
+        mad.wide.u32 %d1, {}, 4, %d10;
+        cp.async.ca.shared.global [%r1], [%d1], 4;
+        cp.async.commit_group;
+        {}
+        cp.async.wait_group 0;
+        {}
+        xor.b32 %r2, %r1, 4;
+        ld.shared.b32 %r2, [%r2];
+        mad.wide.u32 %d1, %r0, 4, %d11;
+        st.global.b32 [%d1], %r2;"""
+    out = np.zeros(64, np.uint32)
+    threads(body.format("%r32", "", "bar.sync 0;"), [source, out], 64, 128)
+    np.testing.assert_array_equal(out, np.tile(np.arange(32) ^ 1, 2))
+    with pytest.raises(RaceError, match="shared address 0"):
+        threads(body.format("%r0", "", "bar.sync 0;"), [source, out], 64, 128)
+    # A read while another warp's copy is under way; and after its arrival, with no barrier.
+    early = "setp.ge.u32 %p2, %r0, 32; @%p2 ld.shared.b32 %r3, [%r1];"
+    one = body.replace("cp.async.ca", "setp.lt.u32 %p3, %r0, 32; @%p3 cp.async.ca")
+    with pytest.raises(RaceError, match="warp 1 reads"):
+        threads(one.format("%r32", early, "bar.sync 0;"), [source, out], 64, 128)
+    with pytest.raises(RaceError, match="warp 1 reads"):
+        threads(one.format("%r32", "bar.sync 0;", ""), [source, out], 64, 128)
+
+
 def test_matrices():
     # Row r of matrix m holds 100 m + 8 r + column; lanes 8 m to 8 m + 7 hold the rows' addresses.
     out = np.zeros((2, 32, 8), np.uint16)
@@ -786,8 +879,8 @@ def test_matrices():
 def test_what_it_does_not_know():
     with pytest.raises(NotImplementedError, match=r"wgmma.fence.sync.aligned"):
         threads("wgmma.fence.sync.aligned;", [])
-    with pytest.raises(NotImplementedError, match=r"PTX line \d+: add.cc.u32 %r1, %r2, %r3"):
-        threads("add.cc.u32 %r1, %r2, %r3;", [])
+    with pytest.raises(NotImplementedError, match=r"PTX line \d+: dp4a.u32.u32 %r1"):
+        threads("dp4a.u32.u32 %r1, %r2, %r3, %r4;", [])
     with pytest.raises(ValueError, match="5 arguments for 4 parameters"):
         threads("", [1, 2, 3, 4, 5])
     with pytest.raises(ValueError, match="num_threads is 48"):
