@@ -9,7 +9,7 @@ XLA_CHUNK = {
     # H100, bf16, forward and backward (benchmarks/results/scan_gpu.json): at L = 65536, E = 2304
     # 190 ms against 225 (128), 228 (64); at L = 32768, E = 7168 all of 32 to 256 within 7 %.
     "gpu": 256,
-    # Not run: the compiler's own estimates for one v5e (libtpu 0.0.42.1), forward, bf16, at L = 8192,
+    # Not run. The compiler's own estimates for one v5e (libtpu 0.0.42.1), forward, bf16, L = 8192,
     # E = 2304, in millions of cycles: 58 (16), 52 (32), 49 (64), 48 (128), 55 (256), 59 (512).
     "tpu": 128,
 }
