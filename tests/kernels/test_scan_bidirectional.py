@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from storm_kernels.selective_scan import dispatch, selective_scan, selective_scan_bidirectional
+from tests.kernels import scan_suite
 from tests.kernels.scan_cases import QUICK_COMPILE, inputs, swapped
 
 quick = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
@@ -55,10 +56,11 @@ def check(got, expected, tolerance=1e-6):
         np.testing.assert_allclose(value, other, tolerance, tolerance)
 
 
+@pytest.mark.parametrize("implementation", scan_suite.FAST)
 @pytest.mark.parametrize("shared", [(), ("u", "z", "D")])
-def test_it_is_two_calls(shared):
+def test_it_is_two_calls(shared, implementation):
     case, ids = paired(shared)
-    options = {"implementation": "xla", "chunk_size": 4}
+    options = {"implementation": implementation, "chunk_size": 4}
     check(with_gradients(one_call, case, ids, **options),
           with_gradients(two_calls, case, ids, **options))  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 
 from storm_kernels.selective_scan import selective_scan, xla_chunk
 from storm_kernels.selective_scan.once import not_differentiable
+from tests.kernels import scan_suite
 from tests.kernels.scan_cases import QUICK_COMPILE, inputs
 
 quick = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
@@ -51,6 +52,13 @@ def test_xla_equals_the_reference(form, reverse, monkeypatch):
         for name in case:
             np.testing.assert_allclose(got[name], expected[name], 1e-9, 1e-9, err_msg=name)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("implementation", scan_suite.KERNEL)
+def test_kernels_refuse_it(implementation):
+    case = inputs(2, initial_state=True)
+    with pytest.raises(NotImplementedError, match=f"'{implementation}' is diff.*='reference'"):
+        second_order(case, None, implementation=implementation)
 
 
 @not_differentiable("some_kernel")

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from storm_kernels.selective_scan import selective_scan, selective_scan_sharded
+from tests.kernels import scan_suite
 from tests.kernels.scan_cases import QUICK_COMPILE, inputs, swapped
 
 quick = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
@@ -107,15 +108,25 @@ def test_it_is_the_scan_of_the_whole_sequence(implementation, reverse, segments,
         check((y, h, gradients), expected)
 
 
-def test_without_the_optional_operands_and_in_16_bits():
+@pytest.mark.parametrize("implementation", scan_suite.FAST)
+def test_without_the_optional_operands_and_in_16_bits(implementation):
     mesh = jax.make_mesh((8,), ("seq",))
     case = case_of(2, jnp.bfloat16, optional=False)
-    y, h, gradients = sharded(case, jnp.asarray(IDS), mesh)
+    y, h, gradients = sharded(case, jnp.asarray(IDS), mesh, implementation=implementation)
     assert y.dtype == jnp.bfloat16 and h.dtype == jnp.float32
     assert {k: v.dtype for k, v in gradients.items()} == {k: v.dtype for k, v in case.items()}
     expected = whole(case, jnp.asarray(IDS))
-    # Both round once; in between float32 is added up in another order.
+    # Both round y once; before, float32 is added up in another order.
     check((y.astype(float), h), (expected[0].astype(float), expected[1]), 2**-7, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", scan_suite.KERNEL)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_kernels_in_float32(implementation, reverse):
+    mesh = jax.make_mesh((8,), ("seq",))
+    case, ids = case_of(5, np.float32), jnp.asarray(IDS)
+    options = {"implementation": implementation, "reverse": reverse}
+    check(sharded(case, ids, mesh, **options), whole(case, ids, reverse=reverse), 1e-4, 1e-4)
 
 
 def test_it_works_without_tracked_varying_axes():

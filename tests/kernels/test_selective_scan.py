@@ -1,6 +1,4 @@
-"""Values of the selective scan against an independent float64 loop."""
-
-import functools
+"""The suite of properties on every implementation of the platform, and what concerns the call."""
 
 import jax
 import jax.numpy as jnp
@@ -11,305 +9,113 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from storm_kernels.selective_scan import selective_scan
-from storm_kernels.selective_scan import xla as xla_module
-from tests.kernels.scan_cases import QUICK_COMPILE, flipped, inputs, loop, swapped
+from tests.kernels import scan_suite
+from tests.kernels.scan_cases import QUICK_COMPILE, inputs, loop, swapped
+from tests.kernels.scan_oracle import oracle
 
-# kernels.md section 2, the table of mamba_ssm's tests: (rtol, atol) of y and of the last state.
-TOLERANCE = {
-    "float32": (6e-4, 2e-3),
-    "float16": (3e-3, 5e-3),
-    "bfloat16": (3e-2, 5e-2),
-}
-TIGHT = {"rtol": 2e-5, "atol": 2e-5}
-
-both = pytest.mark.parametrize("implementation", ["reference", "xla"])
-
-
-def options(test):
-    for name, values in {
-        "reverse": [False, True],
-        "layout": ["bld", "bdl"],
-        "segments": [False, True],
-    }.items():
-        test = pytest.mark.parametrize(name, values)(test)
-    return test
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("implementation", "reverse", "layout", "chunk_size", "delta_softplus"),
-    compiler_options=QUICK_COMPILE,
+slow = pytest.mark.slow
+each = pytest.mark.parametrize("implementation", scan_suite.IMPLEMENTATIONS)
+# The reference is close to its definition, and its compilation would double the time.
+each_reference_slow = pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(i, marks=slow if i == "reference" else ()) for i in scan_suite.IMPLEMENTATIONS],
 )
-def run(case, *, implementation, reverse=False, layout="bld", chunk_size=None, delta_softplus=True):
-    return selective_scan(
-        **case,
-        implementation=implementation,
-        reverse=reverse,
-        layout=layout,
-        chunk_size=chunk_size,
-        delta_softplus=delta_softplus,
-        return_final_state=True,
-    )
+each_fast = pytest.mark.parametrize("implementation", scan_suite.FAST)
+either_direction = pytest.mark.parametrize("reverse", [False, True])
 
 
-def check(got, expected, rtol, atol):
-    for value, reference in zip(got, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(value, np.float64), reference, rtol, atol)
+@pytest.mark.parametrize("delta_softplus", [True, False])
+@either_direction
+def test_the_oracle_has_the_slopes_of_a_plainer_loop(delta_softplus, reverse):
+    case = inputs(1, length=9, groups=2, segments=True, initial_state=True)
+    ids = {"segment_ids": case.pop("segment_ids")}
+    case = {k: np.asarray(v, np.float64) for k, v in case.items()}
+    options = {"delta_softplus": delta_softplus, "reverse": reverse}
+    rng = np.random.default_rng(2)
+    dy, dh = rng.standard_normal(case["u"].shape), rng.standard_normal((2, 6, 3))
+
+    def loss(case):
+        y, h = loop(**case, **ids, **options)
+        return (y * dy).sum() + (h * dh).sum()
+
+    y, h, gradients = oracle(case | ids, dy, dh, **options)
+    for value, plain in zip((y, h), loop(**case, **ids, **options), strict=True):
+        np.testing.assert_allclose(value, plain, 1e-13, 1e-13)
+    assert gradients.keys() == case.keys()
+    for name, value in case.items():
+        step = 1e-5 * rng.standard_normal(value.shape)
+        slope = loss(case | {name: value + step}) - loss(case | {name: value - step})
+        expected = 2 * np.sum(gradients[name] * step)
+        np.testing.assert_allclose(slope, expected, 1e-6, 1e-11, err_msg=name)
 
 
-@pytest.fixture(params=["steps", "associative"])
-def form(request, monkeypatch):
-    """Both forms of the recurrence inside a chunk, the other platforms' one included."""
-    platforms = ("cpu",) if request.param == "associative" else ()
-    monkeypatch.setattr(xla_module.xla_chunk, "ASSOCIATIVE_PLATFORMS", platforms)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+@each_reference_slow
+@pytest.mark.parametrize("check", scan_suite.PROPERTIES, ids=lambda check: check.__name__)
+def test_property(check, implementation):
+    check(implementation)
 
 
-@both
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("optional", "groups"), [(True, 2), (False, 1)])
-def test_the_case_of_mamba_ssm(implementation, dtype, optional, groups):
-    rtol, atol = TOLERANCE[dtype]
-    case = inputs(
-        batch=2, length=134, channels=4, state=8, groups=groups, dtype=jnp.dtype(dtype),
-        optional=optional,
-    )  # fmt: skip
-    y, h = run(case, implementation=implementation)
-    assert y.dtype == dtype and h.dtype == jnp.float32
-    check((y, h), loop(**case, delta_softplus=True), rtol, atol)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("length", [8, 372, 512, 784, 1024, 1134, 2048, 4096])
-def test_the_other_lengths_of_mamba_ssm(length):
-    case = inputs(batch=2, length=length, channels=4, state=8, groups=2)
-    expected = loop(**case, delta_softplus=True)
-    check(run(case, implementation="xla"), expected, *TOLERANCE["float32"])
-
-
-def check_options(implementation, reverse, layout, segments, chunk_size=None):
-    case = inputs(3, groups=2, segments=segments, initial_state=True)
-    y, h = loop(**case, delta_softplus=True, reverse=reverse)
-    if layout == "bdl":
-        case, y = swapped(case), np.swapaxes(y, 1, 2)
-    got = run(
-        case, implementation=implementation, reverse=reverse, layout=layout, chunk_size=chunk_size
-    )
-    check(got, (y, h), **TIGHT)
-
-
-@options
-def test_reference_in_every_layout_and_direction(reverse, layout, segments):
-    check_options("reference", reverse, layout, segments)
-
-
-@options
-def test_xla_in_every_layout_and_direction(reverse, layout, segments, form):
-    if form == "associative" and layout == "bdl":
-        pytest.skip("the layout concerns loading and storing alone")
-    check_options("xla", reverse, layout, segments, chunk_size=4)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 19, 100, None])
-def test_any_chunk_size(chunk_size):
-    check_options("xla", False, "bld", True, chunk_size)
-
-
-@both
-@pytest.mark.parametrize("name", ["D", "z", "delta_bias", "initial_state", "segment_ids"])
-def test_one_option_alone(implementation, name):
-    full = inputs(4, segments=True, initial_state=True)
-    case = {k: full[k] for k in ("u", "delta", "A", "B", "C", name)}
-    got = run(case, implementation=implementation, delta_softplus=False)
-    check(got, loop(**case), **TIGHT)
-
-
-@both
+@each
+@either_direction
 @pytest.mark.parametrize(
-    "sizes",
+    ("layout", "segments"),
     [
-        {"length": 1, "channels": 1, "state": 1},
-        {"length": 7, "channels": 10, "state": 5, "groups": 10},
-        {"length": 9, "channels": 3, "state": 64, "batch": 1},
-        {"length": 5, "channels": 12, "state": 16, "groups": 3, "batch": 5},
+        ("bld", True),
+        ("bdl", False),
+        pytest.param("bld", False, marks=slow),
+        pytest.param("bdl", True, marks=slow),
     ],
 )
+def test_every_layout_and_direction(implementation, reverse, layout, segments):
+    scan_suite.options(implementation, reverse, layout, segments)
+
+
+@each_reference_slow
+@pytest.mark.parametrize("name", ["D", "z", "delta_bias", "initial_state", "segment_ids"])
+def test_one_option_alone(implementation, name):
+    scan_suite.one_option_alone(implementation, name)
+
+
+@each_reference_slow
+@pytest.mark.parametrize("sizes", scan_suite.SIZES)
 def test_any_size(implementation, sizes):
-    case = inputs(5, **sizes, initial_state=True, segments=True)
-    check(
-        run(case, implementation=implementation, chunk_size=3),
-        loop(**case, delta_softplus=True),
-        **TIGHT,
-    )
+    scan_suite.size(implementation, sizes)
 
 
-@both
-def test_real_initialisation_over_a_long_sequence(implementation):
-    case = inputs(6, batch=1, length=3000, channels=4, state=16, real=True, optional=False)
-    got = run(case, implementation=implementation, delta_softplus=False)
-    check(got, loop(**case), **TIGHT)
+@slow
+@each_fast
+@pytest.mark.parametrize("sizes", scan_suite.LARGER_SIZES)
+def test_larger_sizes(implementation, sizes):
+    scan_suite.size(implementation, sizes)
 
 
-@pytest.mark.slow
-def test_real_initialisation_at_65537_positions():
-    case = inputs(7, batch=1, length=65537, channels=2, state=16, real=True, optional=False)
-    got = run(case, implementation="xla", delta_softplus=False)
-    check(got, loop(**case), **TIGHT)
+@each
+@either_direction
+def test_a_packed_row_is_its_videos_one_by_one(implementation, reverse):
+    scan_suite.a_packed_row_is_its_videos_one_by_one(implementation, reverse)
 
 
-@both
-def test_mixed_dtypes(implementation):
-    case = inputs(8, segments=True, initial_state=True)
-    halves = {"u": jnp.bfloat16, "delta": jnp.float16, "B": jnp.bfloat16, "z": jnp.float16}
-    case |= {k: case[k].astype(dtype) for k, dtype in halves.items()}
-    y, h = run(case, implementation=implementation)
-    assert y.dtype == jnp.bfloat16 and h.dtype == jnp.float32
-    expected = loop(**case, delta_softplus=True)
-    # The operands are rounded the same for both, so only y's own rounding is left.
-    check((y,), expected[:1], 2**-8, 1e-5)
-    check((h,), expected[1:], **TIGHT)
+@each_fast
+@pytest.mark.parametrize(("reverse", "segments"), [(False, True), (True, True), (True, False)])
+def test_calls_with_a_carried_state_equal_one_call(implementation, reverse, segments):
+    scan_suite.calls_with_a_carried_state_equal_one_call(implementation, reverse, segments)
 
 
-@both
-def test_the_dtype_of_y_can_be_chosen(implementation):
-    case = inputs(25, dtype=jnp.bfloat16, segments=True)
-    y = selective_scan(**case, implementation=implementation, output_dtype="float32")
-    assert y.dtype == jnp.float32
-    check((y,), loop(**case)[:1], **TIGHT)
-    gradient = jax.grad(
-        lambda u: jnp.sum(
-            selective_scan(
-                **(case | {"u": u}), implementation=implementation, output_dtype="float16"
-            ).astype(jnp.float32)
-        )
-    )
-    assert gradient(case["u"]).dtype == jnp.bfloat16
-
-
-@both
-def test_softplus_is_the_identity_above_20(implementation):
-    case = inputs(9, optional=False)
-    case["delta"] = jnp.full_like(case["delta"], 30.0).at[:, 3].set(19.9)
-    check(run(case, implementation=implementation), loop(**case, delta_softplus=True), **TIGHT)
-    case["delta"] = case["delta"].at[:, 5].set(200.0)  # exp(200) is infinite in float32
-    assert np.isfinite(run(case, implementation=implementation)[0]).all()
-
-
-@both
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_float64_keeps_its_precision(implementation):
     with jax.enable_x64(True):
         case = inputs(10, dtype=np.float64, segments=True, initial_state=True)
-        y, h = run(case, implementation=implementation, chunk_size=4)
-        assert y.dtype == h.dtype == jnp.float64
-        check((y, h), loop(**case, delta_softplus=True), 1e-12, 1e-12)
-
-
-@both
-def test_reverse_is_the_flipped_scan(implementation):
-    case = inputs(11, segments=True, initial_state=True)
-    y, h = run(case, implementation=implementation, reverse=True, chunk_size=4)
-    y_flipped, h_flipped = run(flipped(case), implementation=implementation, chunk_size=4)
-    check((y, h), (jnp.flip(y_flipped, 1), h_flipped), 1e-6, 1e-6)
-
-
-@both
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_packed_row_is_its_videos_one_by_one(implementation, reverse):
-    case = inputs(12, batch=1, length=24)
-    # Padding in the middle of video 7 and between videos; id 7 comes back as a third video.
-    ids = np.array([-1, 7, 7, 7, -1, -1, 7, 7, 3, 3, 3, 3, -1, 7, 7, 7, 9, 9, 9, 9, 9, -1, -1, -1])
-    videos = [[1, 2, 3, 6, 7], [8, 9, 10, 11], [13, 14, 15], [16, 17, 18, 19, 20]]
-    packed = case | {"segment_ids": jnp.asarray(ids[None], jnp.int32)}
-    y, h = run(packed, implementation=implementation, reverse=reverse, chunk_size=5)
-    for positions in videos:
-        one = {k: v[:, jnp.array(positions)] if v.ndim > 2 else v for k, v in case.items()}
-        y_one, h_one = run(one, implementation=implementation, reverse=reverse)
-        check((y[:, jnp.array(positions)],), (y_one,), 1e-5, 1e-6)
-    np.testing.assert_array_equal(np.asarray(y[:, ids < 0]), 0)
-    if not reverse:
-        check((h,), (h_one,), 1e-5, 1e-6)
-
-
-@both
-def test_the_first_segment_alone_continues_the_initial_state(implementation):
-    case = inputs(13, batch=1, length=8, initial_state=True)
-    case["segment_ids"] = jnp.array([[-1, 4, -1, 4, 2, 2, -1, -1]], jnp.int32)
-    y, h = run(case, implementation=implementation)
-    y_zero, h_zero = run(
-        case | {"initial_state": jnp.zeros_like(case["initial_state"])},
-        implementation=implementation,
-    )
-    differs = np.any(np.asarray(y != y_zero), axis=(0, 2))
-    np.testing.assert_array_equal(differs, [False, True, False, True, False, False, False, False])
-    np.testing.assert_array_equal(np.asarray(h), np.asarray(h_zero))
-
-
-@both
-def test_a_row_of_padding_passes_the_state_through_untouched(implementation):
-    case = inputs(14, initial_state=True)
-    case["segment_ids"] = jnp.full((2, 19), -3, jnp.int32)
-    y, h = run(case, implementation=implementation, chunk_size=4)
-    np.testing.assert_array_equal(np.asarray(y), 0)
-    np.testing.assert_array_equal(np.asarray(h), np.asarray(case["initial_state"]))
-
-
-@both
-def test_nothing_at_padding_is_read(implementation):
-    case = inputs(15, segments=True, initial_state=True)
-    padding = (case["segment_ids"] < 0)[..., None]
-    poisoned = case | {
-        k: jnp.where(padding, jnp.nan, case[k]) for k in ("u", "delta", "z", "B", "C")
-    }
-    expected = run(case, implementation=implementation)
-    check(run(poisoned, implementation=implementation), expected, 0, 0)
-
-
-@both
-def test_an_infinite_state_stays_in_its_segment(implementation):
-    case = inputs(16, batch=1, length=6, optional=False)
-    case["segment_ids"] = jnp.array([[0, 0, 0, 1, 1, 1]], jnp.int32)
-    case["u"] = case["u"].at[:, 1].set(jnp.inf)
-    y, h = run(case, implementation=implementation)
-    assert np.isfinite(y[:, 3:]).all() and np.isfinite(h).all()
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("segments", [False, True])
-def test_calls_with_a_carried_state_equal_one_call(reverse, segments):
-    case = inputs(17, length=21, initial_state=True)
-    if segments:
-        case["segment_ids"] = jnp.tile(jnp.array([[1] * 12 + [-1] * 4 + [1] * 3 + [2] * 2]), (2, 1))
-    y, h = run(case, implementation="xla", reverse=reverse, chunk_size=5)
-    parts, state = [], case["initial_state"]
-    cuts = [(0, 6), (6, 14), (14, 21)]
-    for start, stop in reversed(cuts) if reverse else cuts:
-        piece = {k: v[:, start:stop] if v.shape[:2] == (2, 21) else v for k, v in case.items()}
-        piece["initial_state"] = state
-        part, state = run(piece, implementation="xla", reverse=reverse)
-        parts.append(part)
-    joined = jnp.concatenate(parts[::-1] if reverse else parts, axis=1)
-    check((joined, state), (y, h), 1e-6, 1e-6)
-
-
-@both
-def test_vmap(implementation):
-    cases = [inputs(seed, segments=True, initial_state=True) for seed in (18, 19, 20)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *cases)
-    y, h = jax.vmap(lambda c: run(c, implementation=implementation, chunk_size=4))(stacked)
-    for i, case in enumerate(cases):
-        check((y[i], h[i]), run(case, implementation=implementation, chunk_size=4), 1e-6, 1e-6)
+        scan_suite.compare(implementation, case, tolerance=1e-12, chunk_size=4)
 
 
 def test_implementation_none_serves_every_call_and_y_alone_is_the_default():
     case = inputs(21, segments=True)
     y = jax.jit(lambda case: selective_scan(**case, delta_softplus=True))(case)
-    check((y,), run(case, implementation="xla")[:1], 1e-6, 1e-6)
+    scan_suite.close(y, oracle(case)[0])
 
 
 @pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)]
+    "implementation", [*scan_suite.FAST, pytest.param("reference", marks=slow)]
 )
 def test_batch_and_channels_sharded_by_shard_map(implementation):
     if jax.device_count() < 4:
@@ -347,34 +153,47 @@ def test_batch_and_channels_sharded_by_shard_map(implementation):
     jitted = jax.jit(value_and_gradients, static_argnums=0, compiler_options=QUICK_COMPILE)
     outputs, gradients = jitted(sharded, placed, placed_ids)
     expected_outputs, expected_gradients = jitted(scan, case, ids)
-    check(outputs, expected_outputs, 1e-5, 1e-6)
+    for got, expected in zip(outputs, expected_outputs, strict=True):
+        scan_suite.close(got, expected)
     for name in case:
-        check((gradients[name],), (expected_gradients[name],), 1e-4, 1e-5)
+        scan_suite.close(gradients[name], expected_gradients[name], name=name)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(
+DRAWN = given(
     seed=st.integers(0, 2**31),
+    batch=st.integers(1, 3),
     length=st.integers(1, 40),
-    channels=st.sampled_from([1, 4, 6]),
-    state=st.integers(1, 5),
-    chunk_size=st.integers(1, 17),
+    channels_and_groups=st.sampled_from([(1, 1), (4, 2), (6, 3), (6, 1), (5, 5), (130, 2)]),
+    state=st.sampled_from([1, 2, 5, 8, 16]),
+    chunk_size=st.sampled_from([None, 1, 7, 16]),
     reverse=st.booleans(),
+    layout=st.sampled_from(["bld", "bdl"]),
     segments=st.booleans(),
     initial_state=st.booleans(),
     optional=st.booleans(),
+    delta_softplus=st.booleans(),
     dtype=st.sampled_from([np.float32, np.float16, jnp.bfloat16]),
 )
-def test_random_calls(
-    seed, length, channels, state, chunk_size, reverse, segments, initial_state, optional, dtype
-):
-    case = inputs(
-        seed, length=length, channels=channels, state=state, groups=channels // 2 or 1,
-        dtype=dtype, segments=segments, initial_state=initial_state, optional=optional,
-    )  # fmt: skip
-    got = run(case, implementation="xla", reverse=reverse, chunk_size=chunk_size)
-    expected = loop(**case, delta_softplus=True, reverse=reverse)
-    check(got, expected, *TOLERANCE[jnp.dtype(dtype).name])
+
+
+def random_call(implementation, channels_and_groups, **drawn):
+    channels, groups = channels_and_groups
+    scan_suite.random_call(implementation, channels=channels, groups=groups, **drawn)
+
+
+@each_fast
+@settings(max_examples=5, deadline=None, derandomize=True)
+@DRAWN
+def test_random_calls(implementation, **drawn):
+    random_call(implementation, **drawn)
+
+
+@slow
+@each_fast
+@settings(max_examples=60, deadline=None, derandomize=True)
+@DRAWN
+def test_many_random_calls(implementation, **drawn):
+    random_call(implementation, **drawn)
 
 
 @pytest.mark.parametrize(
