@@ -290,6 +290,8 @@ ORDERED = {
 
 def compare(how, kind):
     """setp's comparison of two vectors of a type, or None."""
+    if kind in PACKED:
+        return None
     if kind in ("f16", "bf16"):
         inner = compare(how, "f64")
         return inner and (lambda a, b: inner(widen(a, kind), widen(b, kind)))

@@ -30,6 +30,7 @@ from tests.kernels.ptx_memory import (
 )
 from tests.kernels.ptx_operands import smallest_shared_access, smallest_store
 from tests.kernels.ptx_parser import BITS, Kernel, parse
+from tests.kernels.ptx_profile import Profile, describe
 
 __all__ = ["MemoryFault", "RaceError", "Report", "Window", "run"]
 
@@ -38,10 +39,17 @@ _REGISTER_DTYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: 
 
 @dataclasses.dataclass
 class Report:
-    """What a run did: `executed[k]` counts how often (times CTA batches) instruction k ran."""
+    """What a run did."""
 
     kernel: Kernel
-    executed: np.ndarray
+    executed: np.ndarray  # how often each instruction ran, summed over batches of CTAs
+    profile: Profile | None
+
+    def __str__(self):
+        if self.profile is None:
+            return f"{self.executed.sum()} instructions"
+        warps = self.profile.warps.sum()
+        return f"{warps} instructions of a warp\n{describe(self.kernel, self.profile)}"
 
 
 def run(
@@ -55,6 +63,7 @@ def run(
     check_races: bool = True,
     batch_threads: int = 8192,
     max_steps: int = 50_000_000,
+    profile: bool = False,
 ) -> Report:
     """Executes one kernel; arrays among the arguments are changed in place.
 
@@ -71,6 +80,8 @@ def run(
             between, and where a CTA reads or overwrites what another wrote (atomics excepted).
         batch_threads: at most this many threads run at once (at least one CTA).
         max_steps: raise `RuntimeError` after this many instructions of one batch.
+
+        profile: count what the kernel asks of the memories (ptx_profile); some times slower.
 
     Raises:
         NotImplementedError: an instruction the emulator does not know, at decoding.
@@ -92,14 +103,16 @@ def run(
     ctas = int(np.prod(grid))
     per_batch = max(1, batch_threads // num_threads)
     executed = np.zeros(len(kernel.instructions), np.int64)
+    counts = Profile.empty(len(executed)) if profile else None
     with np.errstate(all="ignore"):
         for start in range(0, ctas, per_batch):
             batch = np.arange(start, min(start + per_batch, ctas))
             machine = Machine(
-                kernel, grid, batch, num_threads, parameters, memory, shared_bytes, check_races
-            )
+                kernel, grid, batch, num_threads, parameters, memory, shared_bytes, check_races,
+                counts,
+            )  # fmt: skip
             executed += machine.run(max_steps)
-    return Report(kernel, executed)
+    return Report(kernel, executed, counts)
 
 
 def _argument(memory, name, kind, value):
@@ -115,15 +128,25 @@ def _argument(memory, name, kind, value):
     return np.uint64(int(value) % (1 << 64)).astype(_REGISTER_DTYPES[8 * width])
 
 
+def _located(error, instruction):
+    """The error, with the place that it came from."""
+    where = f"   ({instruction.source})" if instruction.source else ""
+    error.add_note(f"PTX line {instruction.line}: {instruction.text}{where}")
+    return error
+
+
 class Machine:
     """The state of a batch of CTAs, and the loop that runs their threads.
 
     A mask of None means every thread; otherwise it is a bool vector with at least one true.
     """
 
-    def __init__(self, kernel, grid, batch, num_threads, parameters, memory, shared_bytes, races):
+    def __init__(
+        self, kernel, grid, batch, num_threads, parameters, memory, shared_bytes, races, profile
+    ):
         self.kernel, self.grid, self.parameters, self.memory = kernel, grid, parameters, memory
-        self.num_threads = num_threads
+        self.num_threads, self.profile = num_threads, profile
+        self.current = 0  # the instruction that runs, for the profile
         self.ctas = len(batch)
         self.threads = self.ctas * num_threads
         self.thread = np.arange(self.threads)
@@ -150,7 +173,7 @@ class Machine:
         self.exited = np.zeros(self.threads, np.bool_)
         self.blocked: dict[int, list[tuple[int, np.ndarray, int | None]]] = {}
         self.waiting: dict[int, np.ndarray] = {}
-        self.operations = [ptx_decode.decode(self, i) for i in kernel.instructions]
+        self.operations = [self._decode(instruction) for instruction in kernel.instructions]
 
     def _place_variables(self, shared_bytes, races):
         self.symbols: dict[str, int] = {}
@@ -172,6 +195,12 @@ class Machine:
         self.shared = SharedMemory(self.ctas, dynamic + shared_bytes, warps, races, unit)
         self.local = LocalMemory(self.threads, sizes["local"])
 
+    def _decode(self, instruction):
+        try:
+            return ptx_decode.decode(self, instruction)
+        except Exception as error:
+            raise _located(error, instruction) from None
+
     # ------------------------------------------------------------ the loop
 
     def run(self, max_steps):
@@ -179,6 +208,8 @@ class Machine:
         kinds = [kind for kind, _ in self.operations]
         functions = [function for _, function in self.operations]
         end = len(functions)
+        if self.profile:
+            functions = [self._profiled(k, f) for k, f in enumerate(functions)]
         executed = [0] * (end + 1)
         at: int | None = 0
         mask = None
@@ -204,12 +235,16 @@ class Machine:
         except Exception as error:
             if at is None or at >= end:
                 raise
-            instruction = self.kernel.instructions[at]
-            error.add_note(
-                f"PTX line {instruction.line}: {instruction.text}   ({instruction.source})"
-            )
-            raise
+            raise _located(error, self.kernel.instructions[at]) from None
         raise RuntimeError(f"no end after {max_steps} instructions: a loop that never leaves?")
+
+    def _profiled(self, at, function):
+        def profiled(*arguments):  # (mask) or (program counter, mask)
+            self.current = at
+            self.profile.ran(at, self.threads, arguments[-1])
+            return function(*arguments)
+
+        return profiled
 
     def _all(self, mask):
         return np.ones(self.threads, np.bool_) if mask is None else mask

@@ -15,7 +15,7 @@ REGION_BITS = 40
 _BASE = np.uint64(1 << (REGION_BITS - 1))  # an array's start inside its region: below is caught too
 SHARED_WINDOW = 1 << 60  # generic addresses of shared and local memory start here
 LOCAL_WINDOW = 1 << 61
-POISON = 0x7FC0DEAD  # what memory and registers hold before the first write; NaN as f32
+POISON = 0x7FC07FC0  # what is there before the first write: NaN as f32, f16 and bf16
 
 
 class MemoryFault(Exception):

@@ -197,10 +197,16 @@ def access(machine, space, check=True):
 
         def load(at, mask, width, count, used=None):
             cta, warp = _pick(machine.cta, mask), _pick(machine.warp, mask)
+            if machine.profile:
+                thread = _pick(machine.thread, mask)
+                machine.profile.shared(machine.current, at, thread, width * count)
             return machine.shared.load(at, cta, warp, width, count, used, check)
 
         def store(at, mask, values):
             cta, warp = _pick(machine.cta, mask), _pick(machine.warp, mask)
+            if machine.profile:
+                thread, width = _pick(machine.thread, mask), values[0].nbytes
+                machine.profile.shared(machine.current, at, thread, width)
             machine.shared.store(at, cta, warp, values, check)
 
     elif space == "local":
@@ -214,9 +220,15 @@ def access(machine, space, check=True):
     elif space in ("global", "const"):
 
         def load(at, mask, width, count, used=None):
+            if machine.profile:
+                thread = _pick(machine.thread, mask)
+                machine.profile.memory(machine.current, at, thread, width * count)
             return machine.memory.load(at, _pick(machine.cta_number, mask), width, count, check)
 
         def store(at, mask, values):
+            if machine.profile:
+                thread, width = _pick(machine.thread, mask), values[0].nbytes
+                machine.profile.memory(machine.current, at, thread, width)
             machine.memory.store(at, _pick(machine.cta_number, mask), values, check)
 
     else:

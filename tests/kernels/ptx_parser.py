@@ -106,7 +106,7 @@ class Instruction:
 
     def unsupported(self, why=""):
         why = f" ({why})" if why else ""
-        return NotImplementedError(f"PTX line {self.line}: {self.text}{why} {self.source}")
+        return NotImplementedError(f"PTX instruction {self.text}{why}")
 
 
 @dataclasses.dataclass

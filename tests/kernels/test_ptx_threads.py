@@ -416,11 +416,42 @@ def test_matrices():
         np.testing.assert_array_equal(out[1], stored)
 
 
+def test_profile():
+    out, source = np.zeros(64, np.uint32), np.zeros(4096, np.uint32)
+
+    def counts(body, line):
+        report = threads("mov.b32 %r1, smem;" + body, [out, source], 64, 8192, profile=True)
+        text = [i.text for i in report.kernel.instructions]
+        k = text.index(line)
+        p = report.profile
+        return [int(x[k]) for x in (p.warps, p.waves, p.least_waves, p.sectors, p.least_sectors)]
+
+    for stride, waves in [(4, 1), (8, 2), (128, 32), (0, 1), (132, 1)]:
+        load = "ld.shared.b32 %r3, [%r2]"
+        body = f"rem.u32 %r4, %r0, 32; mad.lo.u32 %r2, %r4, {stride}, %r1; {load};"
+        assert counts(body, load) == [2, 2 * waves, 2, 0, 0], stride
+    for width, waves in [("v2", 2), ("v4", 4)]:  # 256 and 512 bytes a warp, no conflicts
+        registers = "{%r4, %r5}" if width == "v2" else "{%r4, %r5, %r6, %r7}"
+        load = f"ld.shared.{width}.b32 {registers}, [%r2]"
+        body = f"mad.lo.u32 %r2, %r0, {2 * waves * 2}, %r1; {load};"
+        assert counts(body, load) == [2, 2 * waves, 2 * waves, 0, 0]
+    for stride, sectors in [(4, 4), (8, 8), (32, 32), (64, 32), (0, 1)]:
+        load = "ld.global.b32 %r3, [%d1]"
+        least = 1 if stride == 0 else 4
+        got = counts(f"mad.wide.u32 %d1, %r0, {stride}, %d11; {load};", load)
+        assert got == [2, 0, 0, 2 * sectors, 2 * least]
+    some = "setp.lt.u32 %p1, %r0, 32; @%p1 ld.global.b32 %r3, [%d11];"
+    assert counts(some, "@%p1 ld.global.b32 %r3, [%d11]") == [2, 0, 0, 1, 1]
+
+
 def test_what_it_does_not_know():
     with pytest.raises(NotImplementedError, match=r"wgmma.fence.sync.aligned"):
         threads("wgmma.fence.sync.aligned;", [])
-    with pytest.raises(NotImplementedError, match=r"PTX line \d+: dp4a.u32.u32 %r1"):
+    with pytest.raises(NotImplementedError, match="set.lt.u32.f16x2"):
+        threads("set.lt.u32.f16x2 %r1, %r2, %r3;", [])
+    with pytest.raises(NotImplementedError, match="dp4a.u32.u32 %r1, %r2, %r3, %r4") as caught:
         threads("dp4a.u32.u32 %r1, %r2, %r3, %r4;", [])
+    assert "PTX line" in caught.value.__notes__[0]
     with pytest.raises(ValueError, match="5 arguments for 4 parameters"):
         threads("", [1, 2, 3, 4, 5])
     with pytest.raises(ValueError, match="num_threads is 48"):
