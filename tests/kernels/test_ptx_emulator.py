@@ -323,6 +323,26 @@ def test_histogram_sort_cumsum_gather(target):
     np.testing.assert_array_equal(picked, x[(np.arange(256) * 7 + 3) % 256])
 
 
+@jit
+def pipelined_kernel(x, y, out, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.range(0, n, num_stages=4):  # its loads become cp.async three rows ahead
+        a = tl.load(x + k * BLOCK + at, eviction_policy="evict_first")
+        total += a * tl.load(y + k * BLOCK + at, eviction_policy="evict_last")
+    tl.store(out + at, total, cache_modifier=".cs")
+
+
+@TARGETS
+@pytest.mark.parametrize("n", [0, 1, 3, 10])
+def test_pipelined_loads(n, target):
+    x, y = normal(10, 512, seed=24), normal(10, 512, seed=25)
+    out = np.full(512, np.nan, np.float32)
+    launch(pipelined_kernel, (1,), x, y, out, n, BLOCK=512, target=target)
+    expected = (x[:n].astype(np.float64) * y[:n]).sum(0)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- control flow and atomics
 
 

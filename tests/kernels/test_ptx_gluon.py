@@ -81,6 +81,73 @@ def test_a_missing_barrier_is_caught():
 
 
 @gluon.jit
+def sum_kernel(x, out, N: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr):
+    v = gl.convert_layout(gl.load(x + gl.arange(0, N, FIRST)), SECOND)
+    gl.store(out + gl.arange(0, N, SECOND), v + gl.sum(v, 0))
+
+
+@TARGETS
+@pytest.mark.parametrize("warps", [1, 8, 32])
+def test_sums_across_warps(warps, target):
+    first = gl.BlockedLayout([4], [32], [warps], [0])
+    second = gl.BlockedLayout([1], [32], [warps], [0])
+    x, out = normal(128 * warps, seed=30), np.zeros(128 * warps, np.float32)
+    launch(
+        sum_kernel, (1,), x, out, N=len(x), FIRST=first, SECOND=second, warps=warps, target=target
+    )
+    np.testing.assert_allclose(out, x + x.astype(np.float64).sum(), rtol=1e-5, atol=1e-4)
+
+
+@TARGETS
+def test_linear_layouts(target):
+    first = gl.DistributedLinearLayout(
+        [[1], [64]], [[2], [4], [8], [16], [32]], [[128], [256]], [], [512]
+    )
+    second = gl.DistributedLinearLayout(
+        [[256], [4]], [[1], [2], [8], [128], [32]], [[16], [64]], [], [512]
+    )
+    x, out = normal(512, seed=31), np.zeros(512, np.float32)
+    launch(sum_kernel, (1,), x, out, N=512, FIRST=first, SECOND=second, target=target)
+    np.testing.assert_allclose(out, x + x.astype(np.float64).sum(), rtol=1e-5, atol=1e-4)
+
+
+@gluon.jit
+def turn_kernel(
+    x, out, M: gl.constexpr, N: gl.constexpr,
+    FIRST: gl.constexpr, SECOND: gl.constexpr, SHARED: gl.constexpr,
+):  # fmt: skip
+    m, n = gl.arange(0, M, gl.SliceLayout(1, FIRST)), gl.arange(0, N, gl.SliceLayout(0, FIRST))
+    memory = gl.allocate_shared_memory(x.dtype.element_ty, [M, N], SHARED)
+    memory.store(gl.load(x + m[:, None] * N + n[None, :]))
+    turned = memory.permute((1, 0)).load(SECOND)
+    n, m = gl.arange(0, N, gl.SliceLayout(1, SECOND)), gl.arange(0, M, gl.SliceLayout(0, SECOND))
+    gl.store(out + n[:, None] * M + m[None, :], turned)
+
+
+@TARGETS
+@pytest.mark.parametrize(
+    ("shared", "dtype"),
+    [
+        (gl.SwizzledSharedLayout(8, 2, 4, [1, 0]), bfloat16),
+        (gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), np.float32),
+        (gl.PaddedSharedLayout.with_identity_for([[32, 4]], [64, 128], [1, 0]), np.float32),
+        (gl.NVMMASharedLayout(128, 32, 2), np.float32),
+        (gl.NVMMASharedLayout(128, 16, 2), bfloat16),
+    ],
+)
+def test_shared_layouts(shared, dtype, target):
+    # Those of 16 bits go through ldmatrix.
+    first = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    second = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    x, out = normal(64, 128, seed=32, dtype=dtype), np.zeros((128, 64), dtype)
+    launch(
+        turn_kernel, (1,), x, out, M=64, N=128, FIRST=first, SECOND=second, SHARED=shared,
+        target=target,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out, x.T)
+
+
+@gluon.jit
 def shared_kernel(x, out, N: gl.constexpr, LAYOUT: gl.constexpr, SHARED: gl.constexpr):
     at = gl.arange(0, N, LAYOUT)
     ring = gl.allocate_shared_memory(gl.float32, [2, N], SHARED)
