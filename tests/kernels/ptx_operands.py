@@ -83,14 +83,13 @@ def write(machine, register, kind):
         raise ValueError(f"{register.name} of {register.bits} bits cannot take {kind}")
     same = register.bits == BITS[kind]
     signed = kind.startswith("s")
-    wide = np.dtype(f"i{stored.itemsize}") if signed else stored
 
     def put(value, mask):
         if same:
             value = value.view(stored)
         else:
             value = value.view(UNSIGNED[value.dtype.itemsize]) if not signed else value
-            value = value.astype(wide).view(stored)
+            value = value.astype(stored)  # extends by the sign of its own dtype
         registers[index] = value if mask is None else np.where(mask, value, registers[index])
 
     return put

@@ -92,6 +92,14 @@ def test_fma_keeps_what_a_second_rounding_would_lose():
     assert got == np.float32(1 + 2**-11)
 
 
+def test_fma_rounds_once_among_subnormals():
+    # A tie of the subnormals but for -2^-196, which float64 loses next to 2^-127.
+    a = np.array([2.0**-75 * (1 + 2**-23)], np.float32).view(np.uint32)
+    b = np.array([2.0**-75 * (1 - 2**-23)], np.float32).view(np.uint32)
+    c = np.array([2.0**-127 + 2.0**-149], np.float32).view(np.uint32)
+    assert apply("fma.rn.f32 {d}, {0}, {1}, {2}", a, b, c)[0] == c[0]
+
+
 @pytest.mark.parametrize(("pair", "kind"), [("f16x2", "f16"), ("bf16x2", "bf16")])
 def test_packed_halves_are_two_scalars(pair, kind):
     rng = np.random.default_rng(2)
@@ -395,6 +403,17 @@ def test_packing_and_selection():
     less = a.view(np.int32) < b.view(np.int32)
     expected = np.where((a > b) & ~less, 5, 6) + np.where((a <= b) & ~less, 100, 0)
     np.testing.assert_array_equal(got, expected)
+
+
+def test_literals():
+    x = np.zeros(32, np.uint32)
+    for text, expected in [
+        ("mov.f32 {d}, 0f3FC00000", 0x3FC00000), ("add.f32 {d}, {0}, 1.5", 0x3FC00000),
+        ("mov.b32 {d}, -3", 2**32 - 3), ("add.u32 {d}, {0}, 0xffU", 255),
+        ("mov.f32 {d}, -2.5e-1", 0xBE800000),
+        ("cvt.rn.f32.f64 {d}, 0d3FF8000000000000", 0x3FC00000),
+    ]:  # fmt: skip
+        assert (apply(text, x) == expected).all(), text
 
 
 def test_comparisons_with_nan():

@@ -111,8 +111,44 @@ def test_divergent_loops_and_branches():
     np.testing.assert_array_equal(out, expected)
 
 
+def test_lanes_meet_again_behind_a_branch():
+    body = """
+        setp.lt.u32 %p2, %r32, 9;
+        @%p2 bra SKIP;
+        add.u32 %r2, %r2, 1000;
+    SKIP:
+        shfl.sync.bfly.b32 %r1|%p1, %r2, 16, 31, -1;"""
+    lane = np.arange(32) ^ 16
+    np.testing.assert_array_equal(lanes(body)[0], lane + np.where(lane < 9, 0, 1000))
+
+
+def test_threads_that_have_ended_are_not_waited_for():
+    # Warp 1 and lanes 20 to 31 of warp 0 leave; the others still pass a barrier and a shuffle.
+    out = np.zeros(128, np.uint32)
+    body = """
+        shr.u32 %r1, %r0, 5;
+        setp.eq.u32 %p1, %r1, 1;
+        @%p1 ret;
+        setp.gt.u32 %p1, %r32, 19;
+        setp.eq.and.u32 %p1, %r1, 0, %p1;
+        @%p1 exit;
+        bar.sync 0;
+        shfl.sync.idx.b32 %r2, %r0, 4, 31, -1;
+        add.u32 %r2, %r2, 1;
+        mad.wide.u32 %d1, %r0, 4, %d10;
+        st.global.b32 [%d1], %r2;"""
+    threads(body, [out], 128)
+    expected = np.arange(128) // 32 * 32 + 5
+    expected[20:64] = 0
+    np.testing.assert_array_equal(out, expected)
+
+
 def test_labels_and_registers_of_a_scope():
     out = np.zeros(32, np.uint32)
+    # A name of an inner scope hides the outer one.
+    body = "mov.b32 %r5, 7; { .reg .b32 %r5; mov.b32 %r5, 9; { mov.b32 %r5, 11; } } "
+    threads(body + "mad.wide.u32 %d1, %r0, 4, %d10; st.global.b32 [%d1], %r5;", [out])
+    assert (out == 7).all()
     once = """{
         .reg .b32 n; .reg .pred more;
         mov.b32 n, 3;
@@ -354,6 +390,22 @@ def test_copies_arrive_when_waited_for():
     np.testing.assert_array_equal(out[0], source)
 
 
+def test_bytes_that_a_vector_load_does_not_use():
+    # LLVM reads 16 bytes for the first 12; another warp may be writing the last four.
+    body = """
+        mov.b32 %r1, smem;
+        setp.lt.u32 %p1, %r0, 32;
+        @%p1 st.shared.v2.b32 [%r1], {{%r1, %r1}};
+        @%p1 st.shared.b32 [%r1+8], %r1;
+        @!%p1 st.shared.b32 [%r1+12], %r1;
+        {}
+        @%p1 ld.shared.v4.b32 {{%r2, %r3, %r4, %r5}}, [%r1];"""
+    threads(body.format('.pragma "used_bytes_mask 0xfff";'), [], 64, 128)
+    for mask in ("", '.pragma "used_bytes_mask 0xffff";', '.pragma "used_bytes_mask 0xf000";'):
+        with pytest.raises(RaceError, match="warp 0 reads shared address 12"):
+            threads(body.format(mask), [], 64, 128)
+
+
 def test_races_of_copies():
     # Both warps copy to the same place, from the same or from different places.
     source = np.arange(64, dtype=np.uint32)
@@ -375,6 +427,14 @@ def test_races_of_copies():
     np.testing.assert_array_equal(out, np.tile(np.arange(32) ^ 1, 2))
     with pytest.raises(RaceError, match="shared address 0"):
         threads(body.format("%r0", "", "bar.sync 0;"), [source, out], 64, 128)
+    # Where copies have gone before, stores of one value by two warps are still no conflict.
+    twice = "setp.lt.u32 %p1, %r0, 32; @%p1 st.shared.b32 [%r1+64], 5;"
+    twice += "@!%p1 st.shared.b32 [%r1+64], {}; bar.sync 0;"
+    one = body.replace("%r32, 4, %r1", "0, 4, %r1")
+    same = "and.b32 %r3, %r0, 15; mov.b32 %r1, smem;"
+    threads(one.format("0", same + twice.format(5), "bar.sync 0;"), [source, out], 64, 128)
+    with pytest.raises(RaceError, match="warp 1 writes shared address 64"):
+        threads(one.format("0", same + twice.format(6), "bar.sync 0;"), [source, out], 64, 128)
     # A read while another warp's copy is under way; and after its arrival, with no barrier.
     early = "setp.ge.u32 %p2, %r0, 32; @%p2 ld.shared.b32 %r3, [%r1];"
     one = body.replace("cp.async.ca", "setp.lt.u32 %p3, %r0, 32; @%p3 cp.async.ca")
