@@ -1,5 +1,7 @@
 """Static tables of sizes, chosen by measurement. No size is tuned while a program runs."""
 
+import dataclasses
+
 # Positions in a chunk of the XLA scan. It saves one state per chunk and holds the states of one
 # chunk while it runs backward.
 XLA_CHUNK = {
@@ -18,3 +20,77 @@ XLA_CHUNK = {
 def default_chunk(platform: str) -> int:
     """The chunk of the XLA scan on a platform as `platform_of` names it."""
     return XLA_CHUNK.get(platform, XLA_CHUNK["gpu"])
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuSweep:
+    """How the GPU kernels that walk through a sequence are cut (`gluon_forward`, `gluon_adjoint`).
+
+    Attributes:
+        steps, lanes: a thread's steps and a channel's lanes; a tile is steps * lanes.
+        channels: of a warp; lanes * channels = 32.
+        warps: of a program.
+        slots, states: slots of the ring of coefficients, and states in each.
+        together: states that a warp works on at once.
+    """
+
+    steps: int
+    lanes: int
+    channels: int
+    warps: int
+    slots: int
+    states: int
+    together: int
+
+    def constants(self) -> dict[str, int]:
+        """The kernels' compile-time parameters."""
+        return dict(
+            K=self.steps, LANES=self.lanes, CHANNELS=self.channels, WARPS=self.warps,
+            SLOTS=self.slots, STATES=self.states, TOGETHER=self.together,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuBackward:
+    """How `gluon_backward` is cut.
+
+    Attributes:
+        steps, lanes, channels: as in `GpuSweep`.
+        warps: of a program; they share the states, which are a multiple of them.
+        states: how many at most go through the kernel at a time.
+    """
+
+    steps: int
+    lanes: int
+    channels: int
+    warps: int
+    states: int
+
+    @property
+    def segment(self) -> int:
+        """Steps between two saved states."""
+        return self.steps * self.lanes
+
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time parameters."""
+        return dict(K=self.steps, LANES=self.lanes, CHANNELS=self.channels, WARPS=self.warps)
+
+
+GPU_SWEEP = GpuSweep(steps=16, lanes=16, channels=2, warps=2, slots=3, states=4, together=2)
+GPU_BACKWARD = GpuBackward(steps=8, lanes=16, channels=2, warps=4, states=16)
+
+
+def channels_of_a_program(per_group: int, others: int) -> int:
+    """Channels that one program of `gluon_backward` sums dB and dC over.
+
+    More make fewer partial sums, fewer make more programs: 128, less where that leaves under 528
+    programs (4 a multiprocessor of an H100).
+
+    Args:
+        per_group: channels of a group.
+        others: programs in the other directions: groups * segments * batch.
+    """
+    block = 128
+    while block > 8 and others * -(-per_group // block) < 528:
+        block //= 2
+    return block
