@@ -118,7 +118,7 @@ def run(
 def _argument(memory, name, kind, value):
     """A parameter's bits as a NumPy unsigned scalar."""
     width = BITS[kind] // 8
-    if isinstance(value, np.ndarray) and value.ndim or isinstance(value, Window):
+    if isinstance(value, (np.ndarray, Window)):
         value = memory.add(name, value)
     elif value is None:
         value = 0

@@ -311,6 +311,14 @@ def test_bounds_and_alignment():
     np.testing.assert_array_equal(out, [0, *range(31)])
 
 
+def test_arrays_of_no_axes_and_of_no_elements():
+    one = np.array(0, np.uint32)
+    threads("red.global.add.u32 [%d10], 2;", [one])
+    assert one == 64
+    with pytest.raises(MemoryFault, match=r"byte 0 of p0, which holds bytes \[0, 0\)"):
+        threads("ld.global.b32 %r1, [%d10];", [np.zeros((0, 3), np.uint32)])
+
+
 def test_offsets_beyond_32_bits():
     far = np.arange(8, dtype=np.uint32)
     near = np.zeros(8, np.uint32)
