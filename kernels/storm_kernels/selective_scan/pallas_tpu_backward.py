@@ -1,0 +1,442 @@
+"""The backward kernel of the TPU scan; `pallas_tpu_tiles` says how its work is laid out.
+
+Time runs against the scan. For each span and each block of 1024 channels five loops run: dt, dt * u
+and the gradient of y before the gate (natural form); the states of the span from the saved one,
+kept in VMEM; the recurrence of the gradient back through the span; the rest of the chain rule
+(natural form). One step of the recurrence, for every state n (kernels.md, section 2):
+
+    g += C dy          the gradient of the state after the step
+    dC = sum h_after dy,  dB = sum g x,  dx = sum_n g B
+    g *= a;  s = g h_before;  dA += s dt,  ddt = sum_n s A
+
+The sums over n are additions of registers. Those over channels, dB and dC, are products stored as
+registers, added over sublanes once 8 positions are done and over lanes once a span is.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from storm_kernels.selective_scan import pallas_tpu_tiles as tiles
+from storm_kernels.selective_scan.pallas_tpu_operands import Arrays, Operands, Specs, launch
+from storm_kernels.selective_scan.pallas_tpu_tiles import BLOCK, LANES, PITCH, TILES, Geometry
+
+_TIME_BLOCK = 64
+_UNROLL = 8
+
+
+def backward(
+    operands: Operands, states: jax.Array, dy: jax.Array, dfinal: jax.Array, interpret
+) -> Arrays:
+    """The gradients of a scan.
+
+    Args:
+        operands: as for `forward`.
+        states: as `forward` returned them.
+        dy: [batch, length, channels], the gradient of y.
+        dfinal: [batch, channels, state], the gradient of the final state.
+        interpret: as `pallas_call` takes it.
+
+    Returns:
+        The gradients of the arrays, in their dtypes; those of A, D and delta_bias float32 with one
+        row per batch row, None for what is not differentiated.
+    """
+    arrays = operands.arrays
+    streams = {"du": arrays.u, "ddelta": arrays.delta}
+    if arrays.z is not None:
+        streams["dz"] = arrays.z
+    sizes = [x.dtype.itemsize for x in streams.values()]
+    geo = operands.geometry(2 * sum(sizes) + dy.dtype.itemsize, _TIME_BLOCK)
+    specs = Specs(geo, time_reversed=not geo.reverse)
+    inputs = operands.common_inputs(geo, specs)
+    inputs["dy"] = (operands.stream(dy, geo), specs.stream())
+    inputs["dfinal"] = (operands.state_in(dfinal, geo), specs.state())
+    inputs["states"] = (states, specs.states())
+    shape = (geo.batch, geo.length, geo.channels)
+    outputs = {name: (shape, x.dtype, specs.stream()) for name, x in streams.items()}
+    state_shape = (geo.batch, geo.rows, geo.channels)
+    outputs["dA"] = (state_shape, jnp.float32, specs.state())
+    outputs["dinitial"] = (state_shape, jnp.float32, specs.state())
+    registers = pl.cdiv(geo.span * geo.rows, BLOCK)
+    steps = geo.groups * geo.supers
+    sums = (geo.batch, steps, geo.time_blocks * geo.spans, registers, TILES, LANES)
+    outputs["dB"] = (sums, jnp.float32, specs.sums(registers))
+    outputs["dC"] = (sums, jnp.float32, specs.sums(registers))
+    for name in ("D", "delta_bias"):
+        if name in inputs:
+            vector = (geo.batch, TILES, geo.channels)
+            outputs[f"d{name}"] = (vector, jnp.float32, specs.state(rows=TILES))
+    scratch = {
+        "A_rows": tiles.rows_scratch(geo.blocks * geo.rows),
+        "g": tiles.rows_scratch(geo.blocks * geo.rows),
+        "dA_rows": tiles.rows_scratch(geo.blocks * geo.rows),
+        "h": tiles.rows_scratch(geo.rows),
+        "history": ((geo.span + 1) * geo.used * TILES, LANES),
+        "B_rows": tiles.columns_scratch(geo, geo.used),
+        "C_rows": tiles.columns_scratch(geo, geo.used),
+        "dt_rows": tiles.rows_scratch(geo.span),
+        "x_rows": tiles.rows_scratch(geo.span),
+        "dy_rows": tiles.rows_scratch(geo.span),
+        "dx_rows": tiles.rows_scratch(geo.span),
+        "ddt_rows": tiles.rows_scratch(geo.span),
+        "dB_parts": tiles.rows_scratch(_UNROLL * _chunk_rows(geo)),
+        "dC_parts": tiles.rows_scratch(_UNROLL * _chunk_rows(geo)),
+        "dB_sums": (geo.span * geo.rows, LANES),
+        "dC_sums": (geo.span * geo.rows, LANES),
+    }
+    if arrays.z is not None:
+        scratch["y_rows"] = tiles.rows_scratch(geo.span)
+    if geo.marked:
+        scratch["mark_rows"] = tiles.columns_scratch(geo, 2)
+    results = launch(
+        _kernel, "selective_scan_backward", geo, inputs, outputs, scratch, interpret
+    )
+    return _gradients(operands, geo, results)
+
+
+def _chunk_rows(geo: Geometry) -> int:
+    """Rows of one position in the buffers of products: `chunk` in whole registers."""
+    return pl.cdiv(geo.chunk, TILES) * TILES
+
+
+def _gradients(operands: Operands, geo: Geometry, results: dict[str, jax.Array]) -> Arrays:
+    """What the kernel wrote, in the shapes of the operands."""
+    arrays = operands.arrays
+    length = arrays.u.shape[1]
+
+    def stream(name):
+        return None if name not in results else operands.cut_channels(results[name], -1)[:, :length]
+
+    def column(x, like):
+        # Sums lie as [register, sublane, lane], the lane counting slower than the sublane.
+        x = x.reshape(geo.batch, geo.groups, geo.supers, *x.shape[2:]).sum(axis=2)
+        x = x.swapaxes(-1, -2).reshape(geo.batch, geo.groups, geo.time_blocks * geo.spans, -1)
+        x = x[..., : geo.span * geo.rows].reshape(geo.batch, geo.groups, -1, geo.rows)
+        x = x[:, :, :length, : like.shape[-1]].swapaxes(1, 2)
+        if arrays.valid is not None:
+            x = jnp.where(arrays.valid[:, :, None, None], x, 0)
+        return x.astype(like.dtype)
+
+    def vector(name):
+        if name not in results:
+            return None
+        return operands.cut_channels(jnp.sum(results[name], axis=1), -1)
+
+    return Arrays(
+        u=stream("du"),
+        delta=stream("ddelta"),
+        B=column(results["dB"], arrays.B),
+        C=column(results["dC"], arrays.C),
+        z=stream("dz"),
+        initial_state=operands.state_out(results["dinitial"]),
+        valid=None,
+        restart=None,
+        A=operands.state_out(results["dA"]),
+        D=vector("dD"),
+        delta_bias=vector("ddelta_bias"),
+    )
+
+
+def _kernel(geo: Geometry, r: SimpleNamespace) -> None:
+    step = pl.program_id(2)
+    channel_step = pl.program_id(1)
+    live = geo.live_blocks(channel_step)
+    last_block = geo.group_blocks - 1 - channel_step * geo.blocks
+
+    @pl.when(step == 0)
+    def _():
+        def start(block):
+            inside = _Inside(geo, block == last_block)
+            for first, tile, at, begin in tiles.state_tiles(geo, block):
+                tiles.rows_from_natural(r.A_rows, begin, tile, r.A[0, *at])
+                tiles.rows_from_natural(r.g, begin, tile, inside(r.dfinal[0, *at], tile))
+                tiles.rows_from_natural(r.dA_rows, begin, tile, jnp.zeros((TILES, LANES)))
+
+        tiles.loop(live, start)
+        for name in ("dD", "ddelta_bias"):
+            if hasattr(r, name):
+                ref = getattr(r, name)
+                ref[...] = jnp.zeros_like(ref)
+        if geo.chunk % TILES:
+            # Rows between the states of two positions are added up with the others.
+            for ref in (r.dB_parts, r.dC_parts):
+                ref[...] = jnp.zeros_like(ref)
+
+    def span(index):
+        where = index if geo.reverse else geo.spans - 1 - index
+        first = where * geo.span
+        positions = pl.ds(pl.multiple_of(first, geo.span), geo.span)
+        pairs = [(r.B.at[0, 0, positions], r.B_rows), (r.C.at[0, 0, positions], r.C_rows)]
+        tiles.broadcast_columns(pairs, geo)
+        if geo.marked:
+            tiles.broadcast_columns([(r.marks.at[0, positions], r.mark_rows)], geo)
+            marked = r.flags[0, 0, 0, where] != 0
+
+        def block(index):
+            def run(careful):
+                inside = _Inside(geo, careful and index == last_block)
+                for _, tile, at, begin in tiles.state_tiles(geo, index):
+                    value = inside(r.states[0, where, *at], tile)
+                    tiles.rows_from_natural(r.h, begin - index * geo.rows, tile, value)
+                marks = careful and geo.marked
+                _before(geo, r, index, first, inside, marks)
+                _recompute(geo, r, index, marks)
+                _reverse(geo, r, index, marks)
+                _after(geo, r, index, first, inside, marks)
+
+            if not geo.marked and not geo.tail:
+                run(False)
+                return
+            special = jnp.bool_(False)
+            if geo.tail:
+                special |= index == last_block
+            if geo.marked:
+                special |= marked
+            pl.when(jnp.logical_not(special))(lambda: run(False))
+            pl.when(special)(lambda: run(True))
+
+        tiles.loop(live, block)
+        _finish_sums(geo, r.dB_sums, r.dB, where)
+        _finish_sums(geo, r.dC_sums, r.dC, where)
+
+    tiles.loop(geo.spans, span)
+
+    @pl.when(step == geo.time_blocks - 1)
+    def _():
+        def finish(block):
+            for _, tile, at, begin in tiles.state_tiles(geo, block):
+                r.dA[0, *at] = tiles.natural_from_rows(r.dA_rows, begin, tile)
+                r.dinitial[0, *at] = tiles.natural_from_rows(r.g, begin, tile)
+
+        tiles.loop(live, finish)
+
+
+class _Inside:
+    """Zeros in place of what a block reads behind the last channel."""
+
+    def __init__(self, geo: Geometry, applies):
+        # In a block before the last one `applies` is False and everything counts.
+        self.limit = None
+        if geo.tail and applies is not False:
+            self.limit = jnp.where(applies, geo.tail, BLOCK)
+
+    def __call__(self, value: jax.Array, tile: int, and_valid=None) -> jax.Array:
+        mask = and_valid
+        if self.limit is not None:
+            lane = lax.broadcasted_iota(jnp.int32, (TILES, LANES), 1) + tile * LANES
+            inside = lane < self.limit
+            mask = inside if mask is None else mask & inside
+        return value if mask is None else jnp.where(mask, value, 0.0)
+
+
+def _load(geo: Geometry, r: SimpleNamespace, view, t, tile: int, inside: _Inside, valid):
+    """u, delta + bias, dy and z (or None) of 8 positions and one lane tile, masked."""
+    at = (pl.ds(t, TILES), pl.ds(tile * LANES, LANES))
+
+    def masked(value):
+        return inside(value.astype(jnp.float32), tile, valid)
+
+    raw = view.delta[at].astype(jnp.float32)
+    if hasattr(r, "delta_bias"):
+        raw += view.delta_bias[:, pl.ds(tile * LANES, LANES)]
+    z = masked(view.z[at]) if hasattr(r, "z") else None
+    return masked(view.u[at]), masked(raw), masked(view.dy[at]), z
+
+
+def _before(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None:
+    """dt, dt * u and the gradient of y before the gate, in row form."""
+    view = tiles.views(geo, r, first, block)
+
+    def eight(t):
+        valid = tiles.valid(r.mark_rows, t) if marks else None
+        for tile in range(TILES):
+            u, raw, dy, z = _load(geo, r, view, t, tile, inside, valid)
+            dt = inside(tiles.softplus(raw), tile, valid) if geo.softplus else raw
+            tiles.rows_from_natural(r.dt_rows, t, tile, dt)
+            tiles.rows_from_natural(r.x_rows, t, tile, dt * u)
+            if z is not None:
+                dy *= z * tiles.sigmoid(z)
+            tiles.rows_from_natural(r.dy_rows, t, tile, dy)
+
+    tiles.eights(geo, eight, unroll=2)
+
+
+def _groups(geo: Geometry, against: bool, body) -> None:
+    """Runs body(chunk of states, [(index in scan order, position), ...]) over a span."""
+
+    def group(index):
+        if against:
+            index = geo.span // _UNROLL - 1 - index
+        begin = index * _UNROLL
+        pairs = []
+        for offset in range(_UNROLL):
+            position = begin + offset
+            if geo.reverse:
+                position = geo.span - _UNROLL - begin + (_UNROLL - 1 - offset)
+            pairs.append((begin + offset, position))
+        pairs = pairs[::-1] if against else pairs
+        if geo.chunks == 1:
+            body(0, pairs)
+        else:
+            tiles.loop(geo.chunks, lambda number: body(number, pairs))
+
+    tiles.loop(geo.span // _UNROLL, group)
+
+
+def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
+    """The states of a span, each before its step; with a gate also y before skip and gate."""
+
+    def some(number, pairs):
+        n0 = number * geo.chunk
+        h = [tiles.row(r.h, n0 + n) for n in range(geo.chunk)]
+        for index, t in pairs:
+            dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
+            if marks:
+                keep = tiles.keep(r.mark_rows, t)
+            y = None
+            if hasattr(r, "z") and geo.chunks > 1:
+                y = jnp.where(number == 0, 0.0, tiles.row(r.y_rows, t))
+            for n in range(geo.chunk):
+                at = t * tiles.columns_pitch(geo.used) + n0 + n
+                _remember(geo, r, index, n0 + n, h[n])
+                before = jnp.where(keep, h[n], 0.0) if marks else h[n]
+                decay = jnp.exp2(dt * tiles.row(r.A_rows, block * geo.rows + n0 + n))
+                h[n] = decay * before + x * tiles.splat(r.B_rows, at)
+                if hasattr(r, "z"):
+                    term = h[n] * tiles.splat(r.C_rows, at)
+                    y = term if y is None else y + term
+            if y is not None:
+                tiles.set_row(r.y_rows, t, y)
+        for n in range(geo.chunk):
+            tiles.set_row(r.h, n0 + n, h[n])
+
+    _groups(geo, False, some)
+
+    def last(n):
+        _remember(geo, r, geo.span, n, tiles.row(r.h, n))
+
+    for n in range(geo.used):
+        last(n)
+
+
+def _history_rows(geo: Geometry, index, n):
+    return pl.ds(pl.multiple_of((index * geo.used + n) * TILES, TILES), TILES)
+
+
+def _remember(geo: Geometry, r: SimpleNamespace, index, n, value: jax.Array) -> None:
+    r.history[_history_rows(geo, index, n), :] = value
+
+
+def _reverse(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
+    """The gradient of the state back through a span, and what it gives for the operands."""
+    height = _chunk_rows(geo)
+
+    def some(number, pairs):
+        n0 = number * geo.chunk
+        base = block * geo.rows + n0
+        g = [tiles.row(r.g, base + n) for n in range(geo.chunk)]
+        dA = [tiles.row(r.dA_rows, base + n) for n in range(geo.chunk)]
+        for place, (index, t) in enumerate(pairs):
+            dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
+            dy = tiles.row(r.dy_rows, t)
+            if marks:
+                keep = tiles.keep(r.mark_rows, t)
+            dx, ddt = None, None
+            if geo.chunks > 1:
+                dx = jnp.where(number == 0, 0.0, tiles.row(r.dx_rows, t))
+                ddt = jnp.where(number == 0, 0.0, tiles.row(r.ddt_rows, t))
+            for n in range(geo.chunk):
+                at = t * tiles.columns_pitch(geo.used) + n0 + n
+                weight = tiles.row(r.A_rows, base + n)
+                after = r.history[_history_rows(geo, index + 1, n0 + n), :]
+                before = r.history[_history_rows(geo, index, n0 + n), :]
+                total = g[n] + dy * tiles.splat(r.C_rows, at)
+                tiles.set_row(r.dC_parts, place * height + n, after * dy)
+                tiles.set_row(r.dB_parts, place * height + n, total * x)
+                term = total * tiles.splat(r.B_rows, at)
+                dx = term if dx is None else dx + term
+                g[n] = total * jnp.exp2(dt * weight)
+                if marks:
+                    g[n] = jnp.where(keep, g[n], 0.0)
+                    before = jnp.where(keep, before, 0.0)
+                through = g[n] * before
+                dA[n] = dA[n] + through * dt
+                term = through * weight
+                ddt = term if ddt is None else ddt + term
+            tiles.set_row(r.dx_rows, t, dx)
+            tiles.set_row(r.ddt_rows, t, ddt)
+        for n in range(geo.chunk):
+            tiles.set_row(r.g, base + n, g[n])
+            tiles.set_row(r.dA_rows, base + n, dA[n])
+        for place, (_, t) in enumerate(pairs):
+            for first in range(0, height, TILES):
+                for parts, sums in ((r.dB_parts, r.dB_sums), (r.dC_parts, r.dC_sums)):
+                    begin = (place * height + first) * PITCH
+                    to = pl.ds(pl.multiple_of(t * geo.rows + n0 + first, TILES), TILES)
+                    total = jnp.where(block == 0, 0.0, sums[to, :])
+                    for sublane in range(TILES):
+                        total += parts[pl.ds(begin + sublane, TILES, stride=PITCH), :]
+                    sums[to, :] = total
+
+    _groups(geo, True, some)
+
+
+def _after(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None:
+    """The gradients of u, delta and z from those of dt * u, dt and y before the gate."""
+    view = tiles.views(geo, r, first, block)
+
+    def eight(t):
+        valid = tiles.valid(r.mark_rows, t) if marks else None
+        for tile in range(TILES):
+            at = (pl.ds(t, TILES), pl.ds(tile * LANES, LANES))
+            lanes = at[1]
+            u, raw, dy, z = _load(geo, r, view, t, tile, inside, valid)
+            dt = tiles.natural_from_rows(r.dt_rows, t, tile)
+            dx = tiles.natural_from_rows(r.dx_rows, t, tile)
+            du = dx * dt
+            # The weights in VMEM are A log2(e).
+            ddelta = dx * u + tiles.natural_from_rows(r.ddt_rows, t, tile) * tiles.LN_2
+            if geo.softplus:
+                ddelta *= tiles.sigmoid(raw)
+            ddelta = inside(ddelta, tile, valid)
+            inner = dy
+            if z is not None:
+                y = tiles.natural_from_rows(r.y_rows, t, tile)
+                if hasattr(r, "D"):
+                    y += view.D[:, lanes] * u
+                gate = tiles.sigmoid(z)
+                inner = dy * z * gate
+                dz = dy * y * gate * (1.0 + z * (1.0 - gate))
+                view.dz[at] = inside(dz, tile, valid).astype(r.dz.dtype)
+            if hasattr(r, "D"):
+                du += view.D[:, lanes] * inner
+                view.dD[:, lanes] += inner * u
+            if hasattr(r, "delta_bias"):
+                view.ddelta_bias[:, lanes] += ddelta
+            view.du[at] = inside(du, tile, valid).astype(r.du.dtype)
+            view.ddelta[at] = ddelta.astype(r.ddelta.dtype)
+
+    tiles.eights(geo, eight, unroll=2)
+
+
+def _finish_sums(geo: Geometry, sums, out, where) -> None:
+    """Adds over lanes; the sum of row 8 j + i comes to sublane i, lane j of a register."""
+    count = geo.span * geo.rows // TILES
+    lane = lax.broadcasted_iota(jnp.int32, (TILES, LANES), 1)
+    for register in range(pl.cdiv(count, LANES)):
+        inside = min(LANES, count - register * LANES)
+
+        def eight(index, packed, register=register):
+            for offset in range(TILES):
+                j = index * TILES + offset
+                rows = pl.ds(pl.multiple_of((register * LANES + j) * TILES, TILES), TILES)
+                total = jnp.sum(sums[rows, :], axis=1, keepdims=True)
+                packed = jnp.where(lane == j, total, packed)
+            return packed
+
+        zero = jnp.zeros((TILES, LANES), jnp.float32)
+        out[0, 0, where, register] = lax.fori_loop(0, inside // TILES, eight, zero)

@@ -1,0 +1,206 @@
+"""The forward kernel of the TPU scan; `pallas_tpu_tiles` says how its work is laid out.
+
+A grid step holds T positions of `blocks` x 1024 channels of one batch row; time is the last and
+sequential grid axis and the state stays in VMEM between its steps. For each span of S positions
+B and C are broadcast to registers once. Then for each block of 1024 channels three loops run: dt
+and dt * u, elementwise in natural form; the recurrence, 16 positions unrolled; y, elementwise.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from storm_kernels.selective_scan import pallas_tpu_tiles as tiles
+from storm_kernels.selective_scan.pallas_tpu_operands import Operands, Specs, launch
+from storm_kernels.selective_scan.pallas_tpu_tiles import LANES, PITCH, TILES, Geometry
+
+_TIME_BLOCK = 128
+UNROLL = 16
+
+
+def forward(operands: Operands, output_dtype: jnp.dtype, keep_states: bool, interpret) -> tuple:
+    """Runs the scan.
+
+    Args:
+        operands: what the kernel reads; see `Operands`.
+        output_dtype: of y.
+        keep_states: also return the states that the backward starts from.
+        interpret: as `pallas_call` takes it.
+
+    Returns:
+        y [batch, length, channels], the final state [batch, rows, channels] and the states before
+        each span [batch, spans, rows, channels] or None, all with the channels as padded.
+    """
+    arrays = operands.arrays
+    streams = [x for x in (arrays.u, arrays.delta, arrays.z) if x is not None]
+    stream_bytes = sum(x.dtype.itemsize for x in streams) + jnp.dtype(output_dtype).itemsize
+    geo = operands.geometry(stream_bytes, _TIME_BLOCK)
+    specs = Specs(geo, time_reversed=geo.reverse)
+    inputs = operands.common_inputs(geo, specs)
+    inputs["initial"] = (operands.state_in(arrays.initial_state, geo), specs.state())
+    outputs = {
+        "y": ((geo.batch, geo.length, geo.channels), output_dtype, specs.stream()),
+        "final": ((geo.batch, geo.rows, geo.channels), jnp.float32, specs.state()),
+    }
+    if keep_states:
+        count = geo.time_blocks * geo.spans
+        shape = (geo.batch, count, geo.rows, geo.channels)
+        outputs["states"] = (shape, jnp.float32, specs.states())
+    scratch = {
+        "h": tiles.rows_scratch(geo.blocks * geo.rows),
+        "A_rows": tiles.rows_scratch(geo.blocks * geo.rows),
+        "dt_rows": tiles.rows_scratch(geo.span),
+        "x_rows": tiles.rows_scratch(geo.span),
+        "y_rows": tiles.rows_scratch(geo.span),
+        "B_rows": tiles.columns_scratch(geo, geo.used),
+        "C_rows": tiles.columns_scratch(geo, geo.used),
+    }
+    if geo.marked:
+        scratch["mark_rows"] = tiles.columns_scratch(geo, 2)
+    results = launch(_kernel, "selective_scan_forward", geo, inputs, outputs, scratch, interpret)
+    return results["y"], results["final"], results.get("states")
+
+
+def _kernel(geo: Geometry, r: SimpleNamespace) -> None:
+    step = pl.program_id(2)
+    live = geo.live_blocks(pl.program_id(1))
+
+    @pl.when(step == 0)
+    def _():
+        def start(block):
+            for _, tile, at, begin in tiles.state_tiles(geo, block):
+                tiles.rows_from_natural(r.h, begin, tile, r.initial[0, *at])
+                tiles.rows_from_natural(r.A_rows, begin, tile, r.A[0, *at])
+
+        tiles.loop(live, start)
+
+    def save(ref, where, block):
+        for _, tile, at, begin in tiles.state_tiles(geo, block):
+            ref[*where, *at] = tiles.natural_from_rows(r.h, begin, tile)
+
+    def span(index):
+        where = geo.spans - 1 - index if geo.reverse else index
+        first = where * geo.span
+        positions = pl.ds(pl.multiple_of(first, geo.span), geo.span)
+        pairs = [(r.B.at[0, 0, positions], r.B_rows), (r.C.at[0, 0, positions], r.C_rows)]
+        tiles.broadcast_columns(pairs, geo)
+
+        def block(careful, block):
+            if hasattr(r, "states"):
+                save(r.states, (0, where), block)
+            _before(geo, r, block, first, careful)
+            _recurrence(geo, r, block, careful)
+            _after(geo, r, block, first, careful)
+
+        def blocks(careful):
+            tiles.loop(live, functools.partial(block, careful))
+
+        if not geo.marked:
+            blocks(False)
+            return
+        plain = r.flags[0, 0, 0, where] == 0
+        pl.when(plain)(lambda: blocks(False))
+
+        @pl.when(jnp.logical_not(plain))
+        def _():
+            tiles.broadcast_columns([(r.marks.at[0, positions], r.mark_rows)], geo)
+            blocks(True)
+
+    tiles.loop(geo.spans, span)
+
+    @pl.when(step == geo.time_blocks - 1)
+    def _():
+        tiles.loop(live, functools.partial(save, r.final, (0,)))
+
+
+def _before(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> None:
+    """dt and dt * u of a span, in row form."""
+    view = tiles.views(geo, r, first, block)
+
+    def eight(t):
+        positions = pl.ds(t, TILES)
+        if careful:
+            valid = tiles.valid(r.mark_rows, t)
+        for tile in range(TILES):
+            lanes = pl.ds(tile * LANES, LANES)
+            dt = view.delta[positions, lanes].astype(jnp.float32)
+            u = view.u[positions, lanes].astype(jnp.float32)
+            if hasattr(r, "delta_bias"):
+                dt += view.delta_bias[:, lanes]
+            if geo.softplus:
+                dt = tiles.softplus(dt)
+            if careful:
+                # Only after the softplus: dt = 0 alone leaves the state as it is.
+                dt, u = jnp.where(valid, dt, 0.0), jnp.where(valid, u, 0.0)
+            tiles.rows_from_natural(r.dt_rows, t, tile, dt)
+            tiles.rows_from_natural(r.x_rows, t, tile, dt * u)
+
+    tiles.eights(geo, eight)
+
+
+def _recurrence(geo: Geometry, r: SimpleNamespace, block, careful: bool) -> None:
+    """The state through a span, and y before skip and gate, in row form."""
+    unroll = min(UNROLL, geo.span)
+
+    def group(index):
+        begin = geo.span - unroll - index * unroll if geo.reverse else index * unroll
+        order = range(unroll)[::-1] if geo.reverse else range(unroll)
+
+        def chunk(number):
+            n0 = number * geo.chunk
+            base = block * geo.rows + n0
+            h = [tiles.row(r.h, base + n) for n in range(geo.chunk)]
+            for offset in order:
+                t = begin + offset
+                dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
+                if careful:
+                    # A select and not a product: an infinite state must not leak.
+                    keep = tiles.keep(r.mark_rows, t)
+                    h = [jnp.where(keep, value, 0.0) for value in h]
+                y = None if geo.chunks == 1 else _sum_so_far(r, t, number)
+                for n in range(geo.chunk):
+                    at = t * tiles.columns_pitch(geo.used) + n0 + n
+                    decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
+                    h[n] = decay * h[n] + x * tiles.splat(r.B_rows, at)
+                    term = h[n] * tiles.splat(r.C_rows, at)
+                    y = term if y is None else y + term
+                tiles.set_row(r.y_rows, t, y)
+            for n in range(geo.chunk):
+                tiles.set_row(r.h, base + n, h[n])
+
+        if geo.chunks == 1:
+            chunk(0)
+        else:
+            tiles.loop(geo.chunks, chunk)
+
+    tiles.loop(geo.span // unroll, group)
+
+
+def _sum_so_far(r: SimpleNamespace, t, number) -> jax.Array:
+    return jnp.where(number == 0, 0.0, tiles.row(r.y_rows, t))
+
+
+def _after(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> None:
+    """Skip, gate and rounding of a span."""
+    view = tiles.views(geo, r, first, block)
+
+    def eight(t):
+        positions = pl.ds(t, TILES)
+        if careful:
+            valid = tiles.valid(r.mark_rows, t)
+        for tile in range(TILES):
+            lanes = pl.ds(tile * LANES, LANES)
+            y = tiles.natural_from_rows(r.y_rows, t, tile)
+            if hasattr(r, "D"):
+                y += view.D[:, lanes] * view.u[positions, lanes].astype(jnp.float32)
+            if hasattr(r, "z"):
+                y *= tiles.silu(view.z[positions, lanes].astype(jnp.float32))
+            if careful:
+                y = jnp.where(valid, y, 0.0)
+            view.y[positions, lanes] = y.astype(r.y.dtype)
+
+    tiles.eights(geo, eight)
