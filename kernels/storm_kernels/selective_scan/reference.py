@@ -49,7 +49,7 @@ def reference_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
             new_BEG = jnp.where(valid_B[:, None, None], new_BEG, h_BEG)
             y_BE = jnp.where(valid_B[:, None], y_BE, 0)
             last_id_B = jnp.where(valid_B, id_B, last_id_B)
-        return (new_BEG, last_id_B), y_BE.astype(call.output_dtype)
+        return (new_BEG, last_id_B), y_BE
 
     valid_BL = None if call.segment_ids is None else call.segment_ids >= 0
 
@@ -59,6 +59,9 @@ def reference_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
         if valid_BL is not None and jnp.issubdtype(x.dtype, jnp.floating):
             # Whatever stands at padding, a NaN too, must not reach a gradient (0 * NaN is NaN).
             x = jnp.where(jnp.expand_dims(valid_BL, tuple(range(2, x.ndim))), x, 0)
+        # Wide before the loop and narrow after it: XLA's CPU backend converts a whole bfloat16 array
+        # to float32 and back whenever one position of it is written.
+        x = x.astype(acc) if jnp.issubdtype(x.dtype, jnp.floating) else x
         return jnp.moveaxis(x, 1, 0)
 
     operands = (call.u, call.delta, call.B, call.C, call.z, call.segment_ids)
@@ -70,7 +73,7 @@ def reference_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
         tuple(by_position(x) for x in operands),
         reverse=call.reverse,
     )
-    return jnp.moveaxis(y_LBE, 0, 1), h_BEG
+    return jnp.moveaxis(y_LBE, 0, 1).astype(call.output_dtype), h_BEG
 
 
 def advance(

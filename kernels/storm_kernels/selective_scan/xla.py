@@ -17,6 +17,7 @@ from storm_kernels.selective_scan import xla_chunk
 from storm_kernels.selective_scan.call import ScanCall, promote_varying
 from storm_kernels.selective_scan.xla_operands import (
     Loaded,
+    empty,
     load,
     over_chunks,
     prepared,
@@ -84,9 +85,12 @@ def _forward(static, arrays, marks, keep_states):
         y = store(y, y_TBE, start, static.length_axis)
         return (h_NGP, y), before_NGP if keep_states else None
 
-    carry = (state_in(arrays.initial_state, groups), jnp.zeros_like(arrays.u, static.output_dtype))
+    carry = (
+        state_in(arrays.initial_state, groups),
+        empty(static, arrays.u, static.output_dtype),
+    )
     (h_NGP, y), states = over_chunks(body, carry, static, arrays.B.shape[1], static.reverse)
-    return y, state_out(h_NGP, channels), states
+    return y.astype(static.output_dtype), state_out(h_NGP, channels), states
 
 
 def _backward(static, arrays, marks, states, dy, dh_BEG):
@@ -149,9 +153,8 @@ def _backward(static, arrays, marks, states, dy, dh_BEG):
     def sum_of(x):
         return None if x is None else jnp.zeros_like(x, dtype=acc)
 
-    by_position = dataclasses.replace(
-        jax.tree.map(jnp.zeros_like, arrays), A=None, D=None, delta_bias=None, initial_state=None
-    )
+    alone = dataclasses.replace(arrays, A=None, D=None, delta_bias=None, initial_state=None)
+    by_position = jax.tree.map(lambda x: empty(static, x, x.dtype), alone)
     dA_KGP = jnp.zeros_like(A_NGP[:groups])
     sums = (dA_KGP, sum_of(arrays.D), sum_of(arrays.delta_bias))
     carry = (state_in(dh_BEG, groups), sums, by_position)
@@ -159,7 +162,7 @@ def _backward(static, arrays, marks, states, dy, dh_BEG):
         body, carry, static, arrays.B.shape[1], not static.reverse, states
     )
     return dataclasses.replace(
-        grads,
+        jax.tree.map(lambda x, like: x.astype(like.dtype), grads, alone),
         A=state_out(dA_KGP, channels)[0].astype(arrays.A.dtype),
         D=None if dD_E is None else dD_E.astype(arrays.D.dtype),
         delta_bias=None if dbias_E is None else dbias_E.astype(arrays.delta_bias.dtype),

@@ -28,6 +28,7 @@ class Static:
     length_axis: int  # of u, delta, z and y: 1 in layout "bld", 2 in "bdl"
     chunk: int
     associative: bool
+    wide_buffers: bool  # results in bfloat16 are collected in float32
     output_dtype: jnp.dtype
 
 
@@ -56,6 +57,9 @@ def prepared(call: ScanCall) -> tuple[Static, Arrays, tuple[jax.Array, jax.Array
         length_axis=1 if call.layout == "bld" else 2,
         chunk=min(call.length, call.chunk_size or default_chunk(platform)),
         associative=platform in xla_chunk.ASSOCIATIVE_PLATFORMS,
+        # XLA's CPU backend has no update of a bfloat16 array in place: for every chunk it would
+        # convert the whole array to float32 and back (measured: time grows as length squared).
+        wide_buffers=platform == "cpu",
         output_dtype=call.output_dtype,
     )
     arrays = Arrays(**{f.name: getattr(call, f.name) for f in dataclasses.fields(Arrays)})
@@ -103,6 +107,12 @@ class Loaded:
 
 def load(x, start, steps, axis):
     return jnp.moveaxis(lax.dynamic_slice_in_dim(x, start, steps, axis), axis, 0)
+
+
+def empty(static: Static, x, dtype):
+    """What results of x's shape are collected in, one chunk after the other."""
+    wide = static.wide_buffers and dtype == jnp.bfloat16
+    return jnp.zeros_like(x, dtype=jnp.float32 if wide else dtype)
 
 
 def store(buffer, x_T, start, axis):
