@@ -59,8 +59,8 @@ def reference_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
         if valid_BL is not None and jnp.issubdtype(x.dtype, jnp.floating):
             # Whatever stands at padding, a NaN too, must not reach a gradient (0 * NaN is NaN).
             x = jnp.where(jnp.expand_dims(valid_BL, tuple(range(2, x.ndim))), x, 0)
-        # Wide before the loop and narrow after it: XLA's CPU backend converts a whole bfloat16 array
-        # to float32 and back whenever one position of it is written.
+        # Wide before the loop and narrow after it: XLA's CPU backend converts a whole bfloat16
+        # array to float32 and back whenever one position of it is written.
         x = x.astype(acc) if jnp.issubdtype(x.dtype, jnp.floating) else x
         return jnp.moveaxis(x, 1, 0)
 
