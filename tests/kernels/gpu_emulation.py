@@ -7,7 +7,7 @@ import pytest
 from storm_kernels.selective_scan import triton_gpu
 
 
-def launch(kernel, grid, warps, operands, results, constants):
+def launch(kernel, grid, warps, registers, operands, results, constants):
     """What `triton_gpu.launch` does, in the emulator."""
     from tests.kernels import ptx_launch
 

@@ -115,6 +115,60 @@ def _write_steps(
 
 
 @gluon.jit
+def _load_points(
+    u, delta, dy, z, batch, channel, end_channel, place,
+    E: gl.constexpr, L: gl.constexpr, HAS_Z: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """u, delta, dy and z [CHANNELS, T] as they are in memory, zero where there is none."""
+    row = (batch * E + channel) * L + place
+    there = (channel < end_channel) & (place < L)
+    pointers = (u, delta, dy)
+    if HAS_Z:
+        pointers = (u, delta, dy, z)
+    out = ()
+    for i in gl.static_range(0, 4 if HAS_Z else 3):
+        if WHOLE:
+            out = out + (gl.load(pointers[i] + row),)
+        else:
+            out = out + (gl.load(pointers[i] + row, mask=there, other=0.0),)
+    return out
+
+
+@gluon.jit
+def _load_states(
+    A2, saved, edges, segment, channel, end_channel, warp,
+    E: gl.constexpr, N: gl.constexpr, STATES: gl.constexpr,
+):  # fmt: skip
+    """For each of a warp's states A, the state coming in and the adjoint coming in, [W, C, 1]."""
+    out = ()
+    for j in gl.static_range(0, STATES):
+        n = warp * STATES + j
+        there = (channel < end_channel) & (n < N)
+        place = (segment * E + channel) * N + n
+        a = gl.load(A2 + channel * N + n, mask=there, other=0.0)
+        h = gl.load(saved + place, mask=there, other=0.0)
+        q = gl.load(edges + place, mask=there, other=0.0)
+        out = out + (a, h, q)
+    return out
+
+
+@gluon.jit
+def _store_sums(
+    target, x, segment, first_channel, end_channel,
+    E: gl.constexpr, T: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Sums [CHANNELS, T] over the steps of each warp, without a word between the warps."""
+    PARTS: gl.constexpr = WARPS // CHANNELS
+    sums = gl.sum(gl.reshape(x, [CHANNELS, PARTS, T // PARTS]), 2)
+    layout: gl.constexpr = sums.type.layout
+    channel = gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, layout)) + first_channel
+    channel = gl.expand_dims(channel, 1)
+    part = gl.expand_dims(gl.arange(0, PARTS, layout=gl.SliceLayout(0, layout)), 0)
+    place = (segment * PARTS + part) * E + channel
+    gl.store(target + place, sums, mask=(channel < end_channel) & (part >= 0))
+
+
+@gluon.jit
 def _channels(
     u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, results, restart,
     du, ddelta, dz, dA, dD, dbias, batch, tile, first_channel, end_channel,
@@ -141,23 +195,32 @@ def _channels(
     step2 = gl.expand_dims(gl.arange(0, T, layout=gl.SliceLayout(0, points)), 0)
     place2 = tile * T + step2
     segment = batch * SEGMENTS + tile
-    for i in range(0, (BLOCK + CHANNELS - 1) // CHANNELS):
+    ROUNDS: gl.constexpr = (BLOCK + CHANNELS - 1) // CHANNELS
+    # The next channels' operands are under way while these ones' states are worked on.
+    next_points = _load_points(
+        u, delta, dy, z, batch, first_channel + part2, end_channel, place2, E, L, HAS_Z, WHOLE
+    )
+    next_states = _load_states(
+        A2, saved, edges, segment, first_channel + part3, end_channel, warp3, E, N, STATES
+    )
+    for i in range(0, ROUNDS):
         channel2 = first_channel + i * CHANNELS + part2
         row = (batch * E + channel2) * L + place2
         there = (channel2 < end_channel) & (place2 < L)
-        if WHOLE:
-            delta_p = gl.load(delta + row).to(gl.float32)
-            u_p = gl.load(u + row).to(gl.float32)
-            dy_p = gl.load(dy + row).to(gl.float32)
-        else:
-            delta_p = gl.load(delta + row, mask=there, other=0.0).to(gl.float32)
-            u_p = gl.load(u + row, mask=there, other=0.0).to(gl.float32)
-            dy_p = gl.load(dy + row, mask=there, other=0.0).to(gl.float32)
+        raw = next_points
+        states = next_states
+        following = first_channel + gl.minimum(i + 1, ROUNDS - 1) * CHANNELS
+        next_points = _load_points(
+            u, delta, dy, z, batch, following + part2, end_channel, place2, E, L, HAS_Z, WHOLE
+        )
+        next_states = _load_states(
+            A2, saved, edges, segment, following + part3, end_channel, warp3, E, N, STATES
+        )
+        u_p = raw[0].to(gl.float32)
+        delta_p = raw[1].to(gl.float32)
+        dy_p = raw[2].to(gl.float32)
         if HAS_Z:
-            if WHOLE:
-                z_p = gl.load(z + row).to(gl.float32)
-            else:
-                z_p = gl.load(z + row, mask=there, other=0.0).to(gl.float32)
+            z_p = raw[3].to(gl.float32)
         valid = there
         if RESTARTS:
             mark = gl.load(marks + batch * L + place2, mask=place2 < L, other=0).to(gl.int32)
@@ -210,9 +273,9 @@ def _channels(
             channel3 = first_channel + i * CHANNELS + part3
             state = (channel3 < end_channel) & (n < N)
             place = (segment * E + channel3) * N + n
-            a = gl.load(A2 + channel3 * N + n, mask=state, other=0.0)
-            h_in = gl.load(saved + place, mask=state, other=0.0) + zero
-            q_in = gl.load(edges + place, mask=state, other=0.0) + zero
+            a = states[3 * j]
+            h_in = states[3 * j + 1] + zero
+            q_in = states[3 * j + 2] + zero
             B_n = _read_coefficients(coefficients.index(2 * j), K, LANES, CHANNELS, WARPS)
             C_n = _read_coefficients(coefficients.index(2 * j + 1), K, LANES, CHANNELS, WARPS)
             decays = ()
@@ -311,26 +374,15 @@ def _channels(
             gl.store(ddelta + row, ddelta_p.to(ddelta.dtype.element_ty), mask=there)
             if HAS_Z:
                 gl.store(dz + row, dz_p.to(dz.dtype.element_ty), mask=there)
-        single = gl.expand_dims(
-            gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, points)) + first_channel + i * CHANNELS, 1
-        )
         if HAS_D:
-            total_p = gl.sum(gated_p * u_p, 1)
-            gl.store(
-                dD + segment * E + first_channel + i * CHANNELS
-                + gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, points)),
-                total_p,
-                mask=first_channel + i * CHANNELS
-                + gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, points)) < end_channel,
+            _store_sums(
+                dD, gated_p * u_p, segment, first_channel + i * CHANNELS, end_channel,
+                E, T, CHANNELS, WARPS,
             )  # fmt: skip
         if HAS_BIAS:
-            total_p = gl.sum(ddelta_p, 1)
-            gl.store(
-                dbias + segment * E + first_channel + i * CHANNELS
-                + gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, points)),
-                total_p,
-                mask=first_channel + i * CHANNELS
-                + gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, points)) < end_channel,
+            _store_sums(
+                dbias, ddelta_p, segment, first_channel + i * CHANNELS, end_channel,
+                E, T, CHANNELS, WARPS,
             )  # fmt: skip
     return dBs, dCs
 
@@ -372,7 +424,7 @@ def scan_backward(
         dBC: float32 [blocks, batch, groups, segments, NP, 2, K * LANES], to be summed over the
             channel blocks of a group.
         dA: float32 [batch, SEGMENTS, E, N], to be summed over batch and segments.
-        dD, dbias: float32 [batch, SEGMENTS, E], likewise.
+        dD, dbias: float32 [batch, SEGMENTS, WARPS / CHANNELS, E], likewise.
     """
     T: gl.constexpr = K * LANES
     TILES: gl.constexpr = (L + T - 1) // T

@@ -32,6 +32,7 @@ class GpuSweep:
         warps: of a program.
         slots, states: slots of the ring of coefficients, and states in each.
         together: states that a warp works on at once.
+        registers: the most that a thread may use; None leaves it to the compiler.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class GpuSweep:
     slots: int
     states: int
     together: int
+    registers: int | None = None
 
     def constants(self) -> dict[str, int]:
         """The kernels' compile-time parameters."""
@@ -58,6 +60,7 @@ class GpuBackward:
         steps, lanes, channels: as in `GpuSweep`.
         warps: of a program; they share the states, which are a multiple of them.
         states: how many at most go through the kernel at a time.
+        registers: as in `GpuSweep`.
     """
 
     steps: int
@@ -65,6 +68,7 @@ class GpuBackward:
     channels: int
     warps: int
     states: int
+    registers: int | None = None
 
     @property
     def segment(self) -> int:

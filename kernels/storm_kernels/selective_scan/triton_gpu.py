@@ -274,6 +274,7 @@ def _forward(static: _Static, arrays: _Arrays, *, save: bool):
         scan_forward,
         _sweep_grid(arrays),
         GPU_SWEEP.warps,
+        GPU_SWEEP.registers,
         (arrays.u, arrays.delta, A2, BC, D, bias, z, arrays.initial_state, marks, tile_marks),
         (
             jax.ShapeDtypeStruct(arrays.u.shape, static.output_dtype),
@@ -301,6 +302,7 @@ def _adjoint(static: _Static, arrays: _Arrays, dy, dh):
         scan_adjoint,
         _sweep_grid(arrays),
         GPU_SWEEP.warps,
+        GPU_SWEEP.registers,
         (arrays.delta, A2, BC, bias, z, dy, dh, marks, tile_marks),
         (
             jax.ShapeDtypeStruct((batch, channels, states), jnp.float32),
@@ -387,6 +389,7 @@ def _backward_states(static, arrays, saved, edges, dy, first: int, states: int) 
         scan_backward,
         (groups * blocks, tiles, batch),
         config.warps,
+        config.registers,
         (part.u, part.delta, A2, BC, D, bias, z, saved, edges, dy, marks, tile_marks),
         (
             like(part.u),
@@ -396,8 +399,10 @@ def _backward_states(static, arrays, saved, edges, dy, first: int, states: int) 
                 (blocks, batch, groups, tiles, more, 2, config.segment), jnp.float32
             ),
             row_sums(channels, count),
-            nothing if part.D is None else row_sums(channels),
-            nothing if part.delta_bias is None else row_sums(channels),
+            nothing if part.D is None else row_sums(config.warps // config.channels, channels),
+            nothing
+            if part.delta_bias is None
+            else row_sums(config.warps // config.channels, channels),
         ),
         dict(
             **_common(static, part),
@@ -416,21 +421,53 @@ def _backward_states(static, arrays, saved, edges, dy, first: int, states: int) 
         A=jnp.sum(dA[:, :tiles], axis=1),
         B=dBC[0],
         C=dBC[1],
-        D=None if part.D is None else jnp.sum(dD[:, :tiles], axis=1),
+        D=None if part.D is None else jnp.sum(dD[:, :tiles], axis=(1, 2)),
         z=None if part.z is None else dz,
-        delta_bias=None if part.delta_bias is None else jnp.sum(dbias[:, :tiles], axis=1),
+        delta_bias=None if part.delta_bias is None else jnp.sum(dbias[:, :tiles], axis=(1, 2)),
         initial_state=None,  # pyrefly: ignore[bad-argument-type]
         marks=None,
     )
 
 
-def launch(kernel, grid, warps: int, operands, results, constants: dict):
+@functools.cache
+def _triton_call() -> Callable:
+    """`jax_triton.triton_call`, with Triton's own passes for Gluon kernels.
+
+    jax-triton 0.4.1 sends every kernel through the passes for Triton's IR, which replace the
+    layouts that a Gluon kernel states: here 128 conversions through shared memory in the innermost
+    loop and twice the time (measured).
+    """
+    import jax_triton
+    from jax_triton import triton_lib
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    class GluonBackend(CUDABackend):
+        def make_ttir(self, mod, *_):
+            return mod
+
+        def make_ttgir(self, mod, metadata, options, capability):
+            return self.gluon_to_ttgir(mod, metadata, options, capability)
+
+    compile_any = triton_lib.compile_ttir_inplace
+
+    def compile_with_its_passes(module, backend, options, target):
+        # Only Gluon's modules know their number of warps before any pass has run.
+        if isinstance(backend, CUDABackend) and module.get_int_attr("ttg.num-warps") is not None:
+            backend = GluonBackend(backend.target)
+        return compile_any(module, backend, options, target)
+
+    triton_lib.compile_ttir_inplace = compile_with_its_passes
+    return jax_triton.triton_call
+
+
+def launch(kernel, grid, warps: int, registers: int | None, operands, results, constants: dict):
     """Calls a Gluon kernel through jax-triton.
 
     Args:
         kernel: its parameters are the operands, the results, then the constants.
         grid: programs along each axis.
         warps: of a program.
+        registers: the most that a thread may use; None leaves it to the compiler.
         operands: arrays.
         results: shapes and dtypes of what the kernel writes.
         constants: compile-time parameters by name.
@@ -438,16 +475,17 @@ def launch(kernel, grid, warps: int, operands, results, constants: dict):
     Returns:
         The results, varying over the manual mesh axes of the operands.
     """
-    import jax_triton
-
-    out = jax_triton.triton_call(
+    options: dict = {"enable_fp_fusion": True}
+    if registers is not None:
+        options["maxnreg"] = registers
+    out = _triton_call()(
         *operands,
         kernel=kernel,
         out_type=results,
         grid=grid,
         num_warps=warps,
         name=kernel.__name__,
-        backend_options={"enable_fp_fusion": True},
+        backend_options=options,
         **constants,
     )
     axes = frozenset().union(*(varying_axes(x) for x in operands))
