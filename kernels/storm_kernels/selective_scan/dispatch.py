@@ -1,7 +1,6 @@
 """Which implementation serves a call, and what each offers besides the scan itself."""
 
 import dataclasses
-import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Literal
@@ -84,18 +83,10 @@ def load(name: str) -> Implementation:
             end_state=xla_ends.end_state,
             entry_gradient=xla_ends.entry_gradient,
         )
-    if name in IMPLEMENTATIONS and importlib.util.find_spec(f"{__package__}.{name}") is None:
-        return Implementation(name, xla.xla_scan, lambda call: "it is not part of this version")
     if name == "pallas_tpu":
         from storm_kernels.selective_scan import pallas_tpu
 
-        return Implementation(
-            name,
-            pallas_tpu.pallas_tpu_scan,
-            pallas_tpu.unsupported,
-            end_state=getattr(pallas_tpu, "end_state", None),
-            entry_gradient=getattr(pallas_tpu, "entry_gradient", None),
-        )
+        return Implementation(name, pallas_tpu.pallas_tpu_scan, pallas_tpu.unsupported)
     if name == "triton_gpu":
         from storm_kernels.selective_scan import triton_gpu
 
@@ -104,8 +95,8 @@ def load(name: str) -> Implementation:
             triton_gpu.triton_gpu_scan,
             triton_gpu.unsupported,
             scan_pair=getattr(triton_gpu, "triton_gpu_scan_pair", None),
-            end_state=getattr(triton_gpu, "end_state", None),
-            entry_gradient=getattr(triton_gpu, "entry_gradient", None),
+            end_state=triton_gpu.end_state,
+            entry_gradient=triton_gpu.entry_gradient,
         )
     raise ValueError(
         f"implementation={name!r} does not exist; there are "
