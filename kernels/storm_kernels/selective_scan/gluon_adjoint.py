@@ -219,7 +219,7 @@ def scan_adjoint(
             entered = segment + (SPLIT - 1 if REVERSE else 0)
             gl.store(edges + (entered * E + channel) * N + n, carry, mask=there)
             middle = ()
-            for j in gl.static_range(0, SPLIT - 1):
+            for _ in gl.static_range(0, SPLIT - 1):
                 middle = middle + (zero,)
             if HAS_MARKS:
                 if marked != 0:

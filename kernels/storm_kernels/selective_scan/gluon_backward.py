@@ -262,7 +262,7 @@ def _channels(
         ys = ()
         dxs = ()
         exponents = ()  # the gradients of dt * A2, summed over the states
-        for k in gl.static_range(0, K):
+        for _ in gl.static_range(0, K):
             ys = ys + (zero,)
             dxs = dxs + (zero,)
             exponents = exponents + (zero,)
@@ -447,9 +447,15 @@ def scan_backward(
         gl.float32, [STATES * 2, WARPS, K // 4, LANES, 4],
         gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
     )  # fmt: skip
-    warp4 = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, copied))))
-    part4 = gl.arange(0, K // 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, copied))))
-    lane4 = gl.arange(0, LANES, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, copied))))
+    warp4 = gl.arange(
+        0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, copied)))
+    )
+    part4 = gl.arange(
+        0, K // 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, copied)))
+    )
+    lane4 = gl.arange(
+        0, LANES, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, copied)))
+    )
     word4 = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, copied))))
     place4 = gl.expand_dims(gl.expand_dims(gl.expand_dims(warp4, 1), 2), 3) * (STATES * 2 * T)
     place4 = place4 + gl.expand_dims(gl.expand_dims(gl.expand_dims(part4, 0), 2), 3) * (LANES * 4)
@@ -476,7 +482,7 @@ def scan_backward(
     zero = (warp3 + part3 + lane3).to(gl.float32) * 0
     dBs = ()
     dCs = ()
-    for i in gl.static_range(0, STATES * K):
+    for _ in gl.static_range(0, STATES * K):
         dBs = dBs + (zero,)
         dCs = dCs + (zero,)
     restart = zero.to(gl.int32)
@@ -519,7 +525,6 @@ def scan_backward(
     for j in gl.static_range(0, STATES):
         for k in gl.static_range(0, K):
             place = ((warp3 * STATES + j) * 2) * T + lane3 * K + k + part3 * 0
-            both = ()
             for x in gl.static_range(0, 2):
                 value = dBs[j * K + k] if x == 0 else dCs[j * K + k]
                 value = gl.inline_asm_elementwise(

@@ -35,6 +35,7 @@ from storm_kernels.selective_scan.gluon_lanes import (
     load_marks,
     load_tile,
     onward,
+    ordered,
     read_coefficients,
     row_layout,
     sigmoid,
@@ -46,6 +47,15 @@ from storm_kernels.selective_scan.gluon_lanes import (
 
 
 @gluon.jit
+def _decay(dts, a, restart, k: gl.constexpr, RESTARTS: gl.constexpr):
+    """2^(dt a) at step k, zero where the state restarts."""
+    decay = exp2(dts[k] * a)
+    if RESTARTS:
+        decay = gl.where((restart & (1 << k)) != 0, 0.0, decay)
+    return decay
+
+
+@gluon.jit
 def _states(
     ys, carry, middle, dts, xs, total, restart, a_row, ring, coefficients, slot, lane, states,
     RESTARTS: gl.constexpr, REVERSE: gl.constexpr, SPLIT: gl.constexpr, TILES: gl.constexpr,
@@ -54,32 +64,28 @@ def _states(
 ):  # fmt: skip
     """Runs `states` states of a tile: adds C h to ys, moves the carry to the tile's end."""
     FIRST: gl.constexpr = LANES - 1 if REVERSE else 0
+    a = ()
+    for i in gl.static_range(0, TOGETHER):
+        a = a + (lane_pick(a_row, lane * 0 + i, LANES),)
+    decays = ()
+    for step in gl.static_range(0, K):
+        for i in gl.static_range(0, TOGETHER):
+            decay = _decay(dts, a[i], restart, in_order(step, K, REVERSE), RESTARTS)
+            decays = decays + (decay,)
     for group in range(0, states // STATES):
         async_copy.wait_group(SLOTS - 2)
         fetch_states(
-            ring,
-            coefficients,
-            slot + (SLOTS - 1),
-            True,
-            REVERSE,
-            TILES,
-            NP,
-            SLOTS,
-            STATES,
-            K,
-            LANES,
-            WARPS,
-        )
+            ring, coefficients, slot + (SLOTS - 1), True, REVERSE, TILES, NP, SLOTS, STATES,
+            K, LANES, WARPS,
+        )  # fmt: skip
         for part in gl.static_range(0, STATES // TOGETHER):
             place = ((slot % SLOTS) * STATES + part * TOGETHER) * 2
-            a = ()
             h_in = ()
             B_n = ()
             h = ()
             total_decays = ()
             for i in gl.static_range(0, TOGETHER):
                 n = group * STATES + part * TOGETHER + i
-                a = a + (lane_pick(a_row, lane * 0 + n, LANES),)
                 h_in = h_in + (lane_pick(carry, lane * 0 + n, LANES),)
                 B_n = B_n + (read_coefficients(ring, place + 2 * i, K, LANES, CHANNELS, WARPS),)
                 h = h + (gl.where(lane == FIRST, h_in[i], 0.0),)
@@ -87,23 +93,18 @@ def _states(
                 if RESTARTS:
                     total_decay = gl.where(restart != 0, 0.0, total_decay)
                 total_decays = total_decays + (total_decay,)
-            decays = ()
             inflows = ()
             for step in gl.static_range(0, K):
                 later = ()
                 for i in gl.static_range(0, TOGETHER):
-                    decay = exp2(dts[in_order(step, K, REVERSE)] * a[i])
-                    if RESTARTS:
-                        here = (restart & (1 << in_order(step, K, REVERSE))) != 0
-                        decay = gl.where(here, 0.0, decay)
                     inflow = xs[in_order(step, K, REVERSE)] * B_n[i][in_order(step, K, REVERSE)]
-                    later = later + (decay * h[i] + inflow,)
-                    decays = decays + (decay,)
+                    later = later + (decays[step * TOGETHER + i] * h[i] + inflow,)
                     inflows = inflows + (inflow,)
                 h = later
             h = lane_scan(h, total_decays, LANES, onward(REVERSE, TOGETHER))
             starts = ()
             C_n = ()
+            next_a = ()
             for i in gl.static_range(0, TOGETHER):
                 n = group * STATES + part * TOGETHER + i
                 end = lane_pick(h[i], lane * 0 + (LANES - 1 - FIRST), LANES)
@@ -117,8 +118,12 @@ def _states(
                 middle = boundaries
                 starts = starts + (start,)
                 C_n = C_n + (read_coefficients(ring, place + 2 * i + 1, K, LANES, CHANNELS, WARPS),)
+                next_a = next_a + (lane_pick(a_row, lane * 0 + (n + TOGETHER) % LANES, LANES),)
+            # The second run of these states, and between it the exponentials of the next ones.
             h = starts
+            a = next_a
             summed = ()
+            next_decays = ()
             for step in gl.static_range(0, K):
                 y = ys[in_order(step, K, REVERSE)]
                 later = ()
@@ -126,11 +131,12 @@ def _states(
                     state = decays[step * TOGETHER + i] * h[i] + inflows[step * TOGETHER + i]
                     y = state * C_n[i][in_order(step, K, REVERSE)] + y
                     later = later + (state,)
+                    decay = _decay(dts, a[i], restart, in_order(step, K, REVERSE), RESTARTS)
+                    next_decays = next_decays + (decay,)
                 h = later
                 summed = summed + (y,)
-            ys = ()
-            for k in gl.static_range(0, K):
-                ys = ys + (summed[in_order(k, K, REVERSE)],)
+            decays = next_decays
+            ys = ordered(summed, K, REVERSE)
         slot = slot + 1
     return ys, carry, middle, slot
 
@@ -268,7 +274,7 @@ def scan_forward(
                 entered = segment + (SPLIT - 1 if REVERSE else 0)
                 gl.store(saved + (entered * E + channel) * N + n, carry, mask=there)
             middle = ()
-            for j in gl.static_range(0, SPLIT - 1):
+            for _ in gl.static_range(0, SPLIT - 1):
                 middle = middle + (zero,)
             if HAS_MARKS:
                 if marked != 0:

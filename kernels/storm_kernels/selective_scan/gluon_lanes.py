@@ -192,7 +192,7 @@ def load_marks(
 
 @gluon.jit
 def keep(steps, bits, K: gl.constexpr):
-    """Zero where a step's bit is not set; what stood there, a NaN too, is not multiplied by zero."""
+    """Zero where a step's bit is not set: replaced, not multiplied, for a NaN may stand there."""
     out = ()
     for k in gl.static_range(0, K):
         out = out + (gl.where((bits & (1 << k)) != 0, steps[k], 0.0),)
@@ -375,9 +375,10 @@ def _scan_assembly(lanes, directions):
 
 @gluon.constexpr_function
 def _shift_assembly(lanes, direction):
+    bound = (32 - lanes) << 8 | (31 if direction == "down" else 0)
     return (
         "{ .reg .pred q; .reg .f32 t;"
-        f" shfl.sync.{direction}.b32 t|q, $1, 1, {(32 - lanes) << 8 | (31 if direction == 'down' else 0)}, 0xffffffff;"
+        f" shfl.sync.{direction}.b32 t|q, $1, 1, {bound}, 0xffffffff;"
         " selp.f32 $0, t, $2, q; }"
     )
 
@@ -399,24 +400,32 @@ def _sum_assembly(lanes):
 
 @gluon.jit
 def lane_scan(h, p, LANES: gl.constexpr, DIRECTIONS: gl.constexpr):
-    """Inclusive scans of h = p * h_before + h over the lanes of a row, one or two at a time.
+    """Inclusive scans of h = p * h_before + h over the lanes of a row, one, two or four at a time.
 
     Args:
-        h, p: tuples of one or two float32 [..., lanes].
+        h, p: tuples of one, two or four float32 [..., lanes].
         DIRECTIONS: "up" (h_before is the lane before) or "down" (the lane after) for each.
     """
-    if len(h) == 1:
+    COUNT: gl.constexpr = len(h)
+    if COUNT == 1:
         first = gl.inline_asm_elementwise(
             _scan_assembly(LANES, DIRECTIONS), "=&f,f,f", [h[0], p[0]],
             dtype=gl.float32, is_pure=True, pack=1,
         )  # fmt: skip
         out = (first,)
-    else:
+    elif COUNT == 2:
         first, second = gl.inline_asm_elementwise(
             _scan_assembly(LANES, DIRECTIONS), "=&f,=&f,f,f,f,f", [h[0], h[1], p[0], p[1]],
             dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
         )  # fmt: skip
         out = (first, second)
+    else:
+        first, second, third, fourth = gl.inline_asm_elementwise(
+            _scan_assembly(LANES, DIRECTIONS), "=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f",
+            [h[0], h[1], h[2], h[3], p[0], p[1], p[2], p[3]],
+            dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+        out = (first, second, third, fourth)
     return out
 
 

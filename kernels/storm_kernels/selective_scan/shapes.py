@@ -80,8 +80,26 @@ class GpuBackward:
         return dict(K=self.steps, LANES=self.lanes, CHANNELS=self.channels, WARPS=self.warps)
 
 
-GPU_SWEEP = GpuSweep(steps=16, lanes=16, channels=2, warps=2, slots=3, states=4, together=2)
-GPU_BACKWARD = GpuBackward(steps=8, lanes=16, channels=2, warps=4, states=16)
+# H100, bf16, all operands, medians in ms (benchmarks/results/scan_gpu_tuning.json). A
+# multiprocessor has 16384 registers for each of its four schedulers: up to 168 registers three warps fit on one,
+# up to 128 four. Without a limit the compiler takes a few more than 168 and loses a third.
+#   B=1 L=65536 E=2304 (2.2 warps a scheduler): 168: 1.89, none: 2.48, 224: 2.24; 4 warps: 2.04
+#   B=1 L=32768 E=7168 (6.8): 128: 2.43, none: 2.64, 1 warp and 168: 2.85, 4 warps and 128: 2.45
+_SWEEP_FEW = GpuSweep(
+    steps=16, lanes=16, channels=2, warps=2, slots=3, states=4, together=1, registers=168
+)
+_SWEEP_MANY = dataclasses.replace(_SWEEP_FEW, registers=128)
+# The same, first shape: lanes 8: 5.55, 16: 6.01, 32: 6.21; 8 warps and 128 registers: 8.99.
+GPU_BACKWARD = GpuBackward(steps=8, lanes=8, channels=4, warps=4, states=16)
+
+
+def gpu_sweep(rows: int) -> GpuSweep:
+    """The cut of the sweeps.
+
+    Args:
+        rows: batch * channels.
+    """
+    return _SWEEP_MANY if rows > 3 * 4 * 132 * _SWEEP_FEW.channels else _SWEEP_FEW
 
 
 def channels_of_a_program(per_group: int, others: int) -> int:

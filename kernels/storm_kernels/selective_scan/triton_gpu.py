@@ -23,7 +23,12 @@ from storm_kernels.selective_scan.call import ScanCall, promote_varying, varying
 from storm_kernels.selective_scan.once import not_differentiable
 from storm_kernels.selective_scan.platforms import platform_of
 from storm_kernels.selective_scan.segments import segment_marks
-from storm_kernels.selective_scan.shapes import GPU_BACKWARD, GPU_SWEEP, channels_of_a_program
+from storm_kernels.selective_scan.shapes import (
+    GPU_BACKWARD,
+    GpuSweep,
+    channels_of_a_program,
+    gpu_sweep,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +78,7 @@ def triton_gpu_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
     """Runs a validated call in GPU kernels; differentiable once, in reverse mode.
 
     Layout "bdl" is read in place; "bld" is transposed by XLA before and after.
-    `ScanCall.chunk_size` is not used: the tiles are those of `shapes.GPU_SWEEP`.
+    `ScanCall.chunk_size` is not used: the tiles are those of `shapes.gpu_sweep`.
 
     Args:
         call: the operands; see `ScanCall`. No operand is float64.
@@ -251,30 +256,29 @@ def _operands(arrays: _Arrays, steps: int, lanes: int):
     )
 
 
-def _sweep_grid(arrays: _Arrays) -> tuple[int, int]:
+def _sweep(arrays: _Arrays) -> tuple[GpuSweep, tuple[int, int], int]:
+    """How a sweep is cut, its grid, and how many segments it writes: those of whole tiles."""
+    batch, channels, length = arrays.u.shape
     groups = arrays.B.shape[2]
-    at_once = GPU_SWEEP.channels * GPU_SWEEP.warps
-    return groups * -(-(arrays.u.shape[1] // groups) // at_once), arrays.u.shape[0]
-
-
-def _segments(length: int) -> int:
-    """How many segments the sweeps write: whole tiles of them."""
-    tile = GPU_SWEEP.steps * GPU_SWEEP.lanes
-    return -(-length // tile) * (tile // GPU_BACKWARD.segment)
+    sweep = gpu_sweep(batch * channels)
+    programs = groups * -(-(channels // groups) // (sweep.channels * sweep.warps))
+    tile = sweep.steps * sweep.lanes
+    return sweep, (programs, batch), -(-length // tile) * (tile // GPU_BACKWARD.segment)
 
 
 def _forward(static: _Static, arrays: _Arrays, *, save: bool):
     from storm_kernels.selective_scan.gluon_forward import scan_forward
 
-    batch, channels, length = arrays.u.shape
+    batch, channels, _ = arrays.u.shape
     states = arrays.A.shape[1]
-    A2, BC, D, bias, z, marks, tile_marks = _operands(arrays, GPU_SWEEP.steps, GPU_SWEEP.lanes)
-    saved = (batch, _segments(length), channels, states) if save else (1,)
+    sweep, grid, segments = _sweep(arrays)
+    A2, BC, D, bias, z, marks, tile_marks = _operands(arrays, sweep.steps, sweep.lanes)
+    saved = (batch, segments, channels, states) if save else (1,)
     return launch(
         scan_forward,
-        _sweep_grid(arrays),
-        GPU_SWEEP.warps,
-        GPU_SWEEP.registers,
+        grid,
+        sweep.warps,
+        sweep.registers,
         (arrays.u, arrays.delta, A2, BC, D, bias, z, arrays.initial_state, marks, tile_marks),
         (
             jax.ShapeDtypeStruct(arrays.u.shape, static.output_dtype),
@@ -286,7 +290,7 @@ def _forward(static: _Static, arrays: _Arrays, *, save: bool):
             HAS_D=arrays.D is not None,
             REVERSE=static.reverse,
             SEGMENT=GPU_BACKWARD.segment if save else 0,
-            **GPU_SWEEP.constants(),
+            **sweep.constants(),
         ),
     )
 
@@ -295,24 +299,25 @@ def _adjoint(static: _Static, arrays: _Arrays, dy, dh):
     """The gradient of the initial state, and of the states at the segments' borders."""
     from storm_kernels.selective_scan.gluon_adjoint import scan_adjoint
 
-    batch, channels, length = arrays.u.shape
+    batch, channels, _ = arrays.u.shape
     states = arrays.A.shape[1]
-    A2, BC, _, bias, z, marks, tile_marks = _operands(arrays, GPU_SWEEP.steps, GPU_SWEEP.lanes)
+    sweep, grid, segments = _sweep(arrays)
+    A2, BC, _, bias, z, marks, tile_marks = _operands(arrays, sweep.steps, sweep.lanes)
     return launch(
         scan_adjoint,
-        _sweep_grid(arrays),
-        GPU_SWEEP.warps,
-        GPU_SWEEP.registers,
+        grid,
+        sweep.warps,
+        sweep.registers,
         (arrays.delta, A2, BC, bias, z, dy, dh, marks, tile_marks),
         (
             jax.ShapeDtypeStruct((batch, channels, states), jnp.float32),
-            jax.ShapeDtypeStruct((batch, _segments(length), channels, states), jnp.float32),
+            jax.ShapeDtypeStruct((batch, segments, channels, states), jnp.float32),
         ),
         dict(
             **_common(static, arrays),
             REVERSE=not static.reverse,
             SEGMENT=GPU_BACKWARD.segment,
-            **GPU_SWEEP.constants(),
+            **sweep.constants(),
         ),
     )
 
