@@ -50,15 +50,33 @@ class Linear(nnx.Module):
         n = self.contracted
         w = sharding.gathered(self.weight[...].astype(x.dtype), self.axes)
         dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        out = None
-        if sharding.active_mesh() is not None:
-            # Batch axes keep their layout; a contraction over a split axis is summed here.
-            lead = jax.typeof(x).sharding.spec[: x.ndim - n]
-            out = PartitionSpec(*lead, *jax.typeof(w).sharding.spec[n:])
-        y = jax.lax.dot_general(x, w, (dims, ((), ())), out_sharding=out)
+        # Batch axes keep their layout; a contraction over a split axis is summed here.
+        y = _product(x, w, dims, lambda x, w: (*x[: len(x) - n], *w[n:]))
         if self.has_bias:
             y = y + sharding.gathered(self.bias[...].astype(x.dtype), self.axes[n:])
         return y
+
+    def to_channels_first(self, x_BLD: jax.Array) -> jax.Array:
+        """[B, L, D] -> [*outputs, B, L], for one contracted axis and no bias.
+
+        The product is written in this order: for B = 1, [B, outputs, L] of it costs nothing.
+        """
+        w = sharding.gathered(self.weight[...].astype(x_BLD.dtype), self.axes)
+        return _product(w, x_BLD, ((0,), (2,)), lambda w, x: (*w[1:], *x[:2]))
+
+    def from_channels_first(self, x_BDL: jax.Array) -> jax.Array:
+        """[B, D, L] -> [B, L, *outputs], for one contracted axis and no bias."""
+        w = sharding.gathered(self.weight[...].astype(x_BDL.dtype), self.axes)
+        return _product(x_BDL, w, ((1,), (0,)), lambda x, w: (x[0], x[2], *w[1:]))
+
+
+def _product(left: jax.Array, right: jax.Array, contracted, out_spec) -> jax.Array:
+    """`dot_general` without batch axes; `out_spec` of both partitions is the result's."""
+    out = None
+    if sharding.active_mesh() is not None:
+        specs = [tuple(jax.typeof(x).sharding.spec) for x in (left, right)]
+        out = PartitionSpec(*out_spec(*specs))
+    return jax.lax.dot_general(left, right, (contracted, ((), ())), out_sharding=out)
 
 
 class RMSNorm(nnx.Module):

@@ -5,6 +5,7 @@ own convolution, x_proj, dt_proj, A and D. Their outputs are summed and gated on
 direction flips a tensor.
 """
 
+import functools
 import math
 
 import jax
@@ -15,7 +16,7 @@ from storm_jax.config import TemporalConfig
 from storm_jax.models.layers import LayerNorm, Linear, Stack, parameter
 from storm_jax.parallel import sharding
 from storm_kernels.causal_conv1d import causal_conv1d
-from storm_kernels.selective_scan import selective_scan
+from storm_kernels.selective_scan import Layout, preferred_layout, selective_scan
 
 
 class Direction(nnx.Module):
@@ -40,30 +41,42 @@ class Direction(nnx.Module):
         self.A_log = parameter(jnp.log(rates), "inner", None)  # S4D-real initialisation
         self.D = parameter(jnp.ones(E), "inner")
 
-    def __call__(self, x_BLE: jax.Array, segments_BL: jax.Array) -> jax.Array:
-        inner = ("batch", None, "inner")
+    def __call__(self, x: jax.Array, segments_BL: jax.Array, layout: Layout) -> jax.Array:
+        """Args: x: [B, L, E] in layout "bld", [B, E, L] in "bdl", and so is the result."""
+        inner = ("batch", None, "inner") if layout == "bld" else ("batch", "inner", None)
         row = ("batch", None)
-        conv = sharding.per_device(self._conv, (inner, row, (None, "inner"), ("inner",)), inner)
-        x_BLE = conv(x_BLE, segments_BL, self.conv_weight[...], self.conv_bias[...])
-        projected = self.x_proj(x_BLE)
+        conv = functools.partial(self._conv, layout)
+        conv = sharding.per_device(conv, (inner, row, (None, "inner"), ("inner",)), inner)
+        x = conv(x, segments_BL, self.conv_weight[...], self.conv_bias[...])
+        projected = self.x_proj(x) if layout == "bld" else self.x_proj.from_channels_first(x)
         R, G = self.dt_rank, self.state
-        dt, B_BLG, C_BLG = jnp.split(projected, [R, R + G], axis=-1)
+        dt_BLR, B_BLG, C_BLG = jnp.split(projected, [R, R + G], axis=-1)
+        if layout == "bld":
+            dt = self.dt_proj(dt_BLR)
+        else:
+            dt = jnp.swapaxes(self.dt_proj.to_channels_first(dt_BLR), 0, 1)
         shared = ("batch", None, None)
         scan = sharding.per_device(
-            self._scan,
+            functools.partial(self._scan, layout),
             (inner, inner, ("inner", None), shared, shared, ("inner",), ("inner",), row),
             inner,
         )
         A = -jnp.exp(self.A_log[...])
         bias = self.dt_bias[...]
-        return scan(x_BLE, self.dt_proj(dt), A, B_BLG, C_BLG, self.D[...], bias, segments_BL)
+        return scan(x, dt, A, B_BLG, C_BLG, self.D[...], bias, segments_BL)
 
-    def _conv(self, x, segments, weight, bias):
+    def _conv(self, layout, x, segments, weight, bias):
         return causal_conv1d(
-            x, weight, bias, segment_ids=segments, reverse=self.reverse, activation="silu"
+            x,
+            weight,
+            bias,
+            segment_ids=segments,
+            reverse=self.reverse,
+            activation="silu",
+            layout=layout,
         )
 
-    def _scan(self, u, delta, A, B, C, D, delta_bias, segments):
+    def _scan(self, layout, u, delta, A, B, C, D, delta_bias, segments):
         return selective_scan(
             u,
             delta,
@@ -75,6 +88,7 @@ class Direction(nnx.Module):
             delta_softplus=True,
             segment_ids=segments,
             reverse=self.reverse,
+            layout=layout,
         )
 
 
@@ -91,12 +105,18 @@ class MambaLayer(nnx.Module):
         self.out_proj = Linear((E,), (width,), ("inner", "embed"), rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
-        projected = self.in_proj(self.norm(x_BLD))
-        u_BLE, z_BLE = projected[:, :, 0], projected[:, :, 1]
-        y_BLE = self.forward(u_BLE, segments_BL)
+        # The projections write the layout that the platform's scan reads fastest.
+        layout = preferred_layout(x_BLD)
+        if layout == "bld":
+            projected = self.in_proj(self.norm(x_BLD))
+            u, z = projected[:, :, 0], projected[:, :, 1]
+        else:
+            u, z = jnp.swapaxes(self.in_proj.to_channels_first(self.norm(x_BLD)), 1, 2)
+        y = self.forward(u, segments_BL, layout)
         if self.backward is not None:
-            y_BLE = y_BLE + self.backward(u_BLE, segments_BL)
-        return x_BLD + self.out_proj(y_BLE * jax.nn.silu(z_BLE))
+            y = y + self.backward(u, segments_BL, layout)
+        y = y * jax.nn.silu(z)
+        return x_BLD + (self.out_proj(y) if layout == "bld" else self.out_proj.from_channels_first(y))
 
 
 class TemporalEncoder(nnx.Module):

@@ -232,3 +232,20 @@ def test_bad_values_name_the_field():
         TemporalConfig(layers=-1)
     with pytest.raises(ConfigError, match=r"temporal\.conv=0"):
         TemporalConfig(conv=0)
+
+
+@BOTH
+def test_both_layouts_of_the_scan_give_the_same(direction, monkeypatch):
+    """On GPUs the projections write [batch, channels, length]; here XLA's scan reads it."""
+    temporal, params = config(direction, layers=2), random_params(direction, layers=2)
+
+    def loss(params, x):
+        module = with_params(lambda: TemporalEncoder(temporal, WIDTH, nnx.Rngs(0)), params)
+        return jnp.sum(jnp.sin(module(x, SEGMENTS)))
+
+    x = jnp.asarray(tokens())
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+    monkeypatch.setattr("storm_jax.models.temporal.preferred_layout", lambda x: "bdl")
+    got = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)

@@ -203,6 +203,14 @@ def assert_equal_to_one_device(model, mesh):
         assert error < 1e-5, (name, error)
 
 
+def test_channels_first_equals_one_device(mesh, monkeypatch):
+    """The layout of the scan on GPUs, through the same mesh."""
+    model = model_of(heads=4, kv_heads=2)
+    on_one_device(model)
+    monkeypatch.setattr("storm_jax.models.temporal.preferred_layout", lambda x: "bdl")
+    assert_equal_to_one_device(model, mesh)
+
+
 def test_data_fsdp_tensor_equals_one_device(mesh):
     """Two key-value heads on two devices; every mesh axis at work."""
     model = model_of(heads=4, kv_heads=2)

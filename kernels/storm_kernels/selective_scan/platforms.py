@@ -1,6 +1,19 @@
 """The platform that a call will run on, known while it is traced."""
 
+from typing import Literal
+
 import jax
+
+Layout = Literal["bld", "bdl"]
+
+
+def preferred_layout(x: jax.Array) -> Layout:
+    """The layout of u, delta, z and y that is fastest where computation on x is traced for.
+
+    "bdl" on GPUs, where a thread takes consecutive positions of one channel; "bld" elsewhere,
+    where channels fill the vector units.
+    """
+    return "bdl" if platform_of(x) == "gpu" else "bld"
 
 
 def platform_of(x: jax.Array) -> str:
