@@ -237,7 +237,7 @@ def test_bad_values_name_the_field():
 @BOTH
 def test_both_layouts_of_the_scan_give_the_same(direction, monkeypatch):
     """On GPUs the projections write [batch, channels, length]; here XLA's scan reads it."""
-    temporal, params = config(direction, layers=2), random_params(direction, layers=2)
+    temporal, params = config(direction), random_params(direction)
 
     def loss(params, x):
         module = with_params(lambda: TemporalEncoder(temporal, WIDTH, nnx.Rngs(0)), params)
