@@ -1,0 +1,1 @@
+"""The parts of `python -m storm_kernels.ablate`; `storm_kernels.ablate` puts them together."""
