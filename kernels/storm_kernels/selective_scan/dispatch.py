@@ -64,7 +64,7 @@ def implementation_for(call: ScanCall, name: str | None) -> Implementation:
     if reason is None:
         return chosen
     # Python shows the same warning of one place once.
-    warnings.warn(f"selective_scan takes 'xla', not {kernel!r}: {reason}", stacklevel=4)
+    warnings.warn(f"selective_scan takes 'xla', not {kernel!r}: {reason}", stacklevel=3)
     return load("xla")
 
 
