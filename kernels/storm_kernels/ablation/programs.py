@@ -158,7 +158,12 @@ def _split(scan: Scan, case: Operands, setting: Setting, given: Values) -> JaxPr
     kept = traced.jaxpr.outvars
     # Only what is new comes out of the program: results that are arguments would be copied.
     new = [i for i, var in enumerate(kept) if _is_literal(var) or var not in position]
-    made = compile_program(lambda case: [keep(case)[i] for i in new], (case,)).values()
+
+    def keep_new(case):
+        leaves = keep(case)
+        return [leaves[i] for i in new]
+
+    made = compile_program(keep_new, (case,)).values()
     fresh = dict(zip(new, made, strict=True))
     leaves = [fresh[i] if i in fresh else inputs[position[var]] for i, var in enumerate(kept)]
     program = _pulling(tree, dtypes, leaves, given)
