@@ -109,7 +109,7 @@ def layer_row() -> dict:
     """A bidirectional Mamba layer of the model: norm, projections, convolutions, scans, gate."""
     width, tokens = LAYER
     config = TemporalConfig(layers=1)
-    module = nnx.jit(lambda: MambaLayer(config, width, nnx.Rngs(0)))()
+    module = MambaLayer(config, width, nnx.Rngs(0))
     graph, parameters = nnx.split(module)
     x = jax.random.normal(jax.random.key(0), (1, tokens, width), jnp.bfloat16)
     segments = jnp.zeros((1, tokens), jnp.int32)
