@@ -1,4 +1,13 @@
-"""Runs the GPU implementation on a CPU: its kernels' PTX goes through the emulator."""
+"""Runs the GPU implementation on a CPU: its kernels' PTX goes through the emulator.
+
+What is replaced is `jax_triton.triton_call` and nothing of ours, so kernels, arguments, constants
+and compiler options are those of production.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,27 +15,110 @@ import pytest
 
 from storm_kernels.selective_scan import triton_gpu
 
+_TYPES = {
+    "float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int8": "*i8", "int32": "*i32",
+}  # fmt: skip
 
-def launch(kernel, grid, warps, registers, operands, results, constants):
-    """What `triton_gpu.launch` does, in the emulator."""
-    from tests.kernels import ptx_launch
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What one launch of a kernel was given; arrays by name, their shapes and dtypes alone."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    warps: int
+    options: dict[str, Any]  # of the compiler
+    operands: dict[str, jax.ShapeDtypeStruct]
+    results: dict[str, jax.ShapeDtypeStruct]
+    constants: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def compiled(self, target: int = 90):
+        """A `ptx_compile.CompiledKernel` for a compute capability, compiled once in a process."""
+        arrays = {**self.operands, **self.results}
+        return _compiled(
+            self.kernel,
+            tuple((name, _TYPES[np.dtype(x.dtype).name]) for name, x in arrays.items()),
+            tuple(self.constants.items()),
+            tuple(self.options.items()),
+            self.warps,
+            target,
+        )
+
+
+@functools.cache
+def _compiled(kernel, signature, constants, options, warps, target):
+    from tests.kernels.ptx_compile import compile_gluon
+
+    return compile_gluon(
+        kernel, dict(signature), dict(constants), warps, target, options=dict(options)
+    )
+
+
+def _launch(operands, kernel, out_type, grid, num_warps, name, backend_options, **constants):
+    """The arguments of `jax_triton.triton_call`, sorted."""
+    assert name == kernel.__name__
     names = [name for name in kernel.arg_names if name not in constants]
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*operands, *out_type)]
+    named = dict(zip(names, arrays, strict=True))
+    results = {name: named.pop(name) for name in names[len(operands) :]}
+    return Launch(kernel, tuple(grid), num_warps, dict(backend_options), named, results, constants)
+
+
+def triton_call(*operands, **arguments):
+    """What `jax_triton.triton_call` does, in the emulator."""
+    launch = _launch(operands, **arguments)
 
     def run(*arrays):
-        # What a kernel leaves unwritten must not be read: NaN shows it.
-        written = [np.full(x.shape, np.nan, x.dtype) for x in results]
-        read = [np.array(x) for x in arrays]
-        arguments = dict(zip(names, [*read, *written], strict=True))
-        ptx_launch.launch(kernel, grid, arguments, constants, num_warps=warps)
+        from tests.kernels import ptx_emulator
+
+        code = launch.compiled()
+        before = [np.asarray(x) for x in arrays]
+        read = [x.copy() for x in before]
+        # What a kernel leaves unwritten must not be used: NaN shows it.
+        written = [np.full(x.shape, np.nan, x.dtype) for x in launch.results.values()]
+        grid = (*launch.grid, 1, 1)[:3]
+        ptx_emulator.run(code.ptx, grid, code.num_threads, [*read, *written], code.shared_bytes)
+        for x, y in zip(before, read, strict=True):
+            assert x.tobytes() == y.tobytes(), f"{launch.name} wrote to an operand"
         return tuple(written)
 
-    return jax.pure_callback(run, tuple(results), *operands, vmap_method="sequential")
+    return jax.pure_callback(
+        run, tuple(launch.results.values()), *operands, vmap_method="sequential"
+    )
 
 
 @pytest.fixture
 def emulated_gpu(monkeypatch):
-    """Makes `triton_gpu` serve calls here."""
+    """Makes `triton_gpu` serve calls on a CPU."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(triton_gpu, "launch", launch)
+    if jax.default_backend() != "cpu":
+        pytest.skip("a GPU runs the same tests itself")
+    monkeypatch.setattr(triton_gpu, "_triton_call", lambda: triton_call)
     monkeypatch.setattr(triton_gpu, "unsupported", lambda call: None)
+
+
+@contextlib.contextmanager
+def recorded_launches():
+    """Makes `triton_gpu` serve calls that are traced only; yields the list of their launches.
+
+    In a jaxpr a launch is one equation, a `pure_callback` of the kernel's operands and results.
+    """
+    launches = []
+
+    def call(*operands, **arguments):
+        launch = _launch(operands, **arguments)
+        launches.append(launch)
+
+        def never(*_):
+            raise AssertionError(f"{launch.name} was recorded and is not there to run")
+
+        return jax.pure_callback(never, tuple(launch.results.values()), *operands)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_gpu, "_triton_call", lambda: call)
+        patch.setattr(triton_gpu, "unsupported", lambda call: None)
+        yield launches

@@ -29,6 +29,7 @@ from storm_kernels.selective_scan.gluon_lanes import (
     softplus,
     steps_of,
     tile_layout,
+    unless,
 )
 
 
@@ -68,13 +69,11 @@ def _states(
                 later = ()
                 for i in gl.static_range(0, TOGETHER):
                     decay = exp2(dts[in_order(step, K, REVERSE)] * a[i])
-                    if RESTARTS:
-                        here = (restart & (1 << in_order(step, K, REVERSE))) != 0
-                        decay = gl.where(here, 0.0, decay)
                     g = C_n[i][in_order(step, K, REVERSE)] * dys[in_order(step, K, REVERSE)] + q[i]
-                    later = later + (decay * g,)
+                    before = unless(decay * g, restart, in_order(step, K, REVERSE), RESTARTS)
+                    later = later + (before,)
                 q = later
-            q = lane_scan(q, total_decays, LANES, onward(REVERSE, TOGETHER))
+            q = lane_scan(q, total_decays, LANES, onward(REVERSE, TOGETHER), RESTARTS)
             for i in gl.static_range(0, TOGETHER):
                 n = group * STATES + part * TOGETHER + i
                 end = lane_pick(q[i], lane * 0 + (LANES - 1 - FIRST), LANES)

@@ -36,6 +36,7 @@ from storm_kernels.selective_scan.gluon_lanes import (
     softplus,
     softplus_slope,
     tile_layout,
+    unless,
     wrap,
 )
 
@@ -281,10 +282,7 @@ def _channels(
             decays = ()
             inflows = ()
             for k in gl.static_range(0, K):
-                decay = exp2(dts[k] * a)
-                if RESTARTS:
-                    decay = gl.where((restart & (1 << k)) != 0, 0.0, decay)
-                decays = decays + (decay,)
+                decays = decays + (exp2(dts[k] * a),)
                 inflows = inflows + (xs[k] * B_n[k],)
             total_decay = exp2(total * a)
             if RESTARTS:
@@ -300,10 +298,12 @@ def _channels(
             h = gl.where(lane3 == FIRST, h_in, 0.0)
             q = gl.where(lane3 == LANES - 1 - FIRST, q_in, 0.0)
             for step in gl.static_range(0, K):
+                h = unless(h, restart, in_order(step, K, REVERSE), RESTARTS)
                 h = on_decays[step] * h + on_inflows[step]
                 q = back_decays[step] * (back_C[step] * back_dys[step] + q)
+                q = unless(q, restart, in_order(step, K, not REVERSE), RESTARTS)
             h, q = lane_scan(
-                (h, q), (total_decay + zero, total_decay + zero), LANES, opposed(REVERSE)
+                (h, q), (total_decay + zero, total_decay + zero), LANES, opposed(REVERSE), RESTARTS
             )
             h = lane_shift(h, h_in, LANES, onward(REVERSE))
             q = lane_shift(q, q_in, LANES, onward(not REVERSE))
@@ -313,6 +313,7 @@ def _channels(
             dC_sums = ()
             on_ys = ordered(ys, K, REVERSE)
             for step in gl.static_range(0, K):
+                h = unless(h, restart, in_order(step, K, REVERSE), RESTARTS)
                 before = before + (h,)
                 h = on_decays[step] * h + on_inflows[step]
                 if HAS_Z:
@@ -338,7 +339,7 @@ def _channels(
                 dx_sums = dx_sums + (g * back_B[step] + back_dxs[step],)
                 dB_sum = dBs[j * K + in_order(step, K, not REVERSE)]
                 dB_sums = dB_sums + (g * back_xs[step] + dB_sum,)
-                q = back_decays[step] * g
+                q = unless(back_decays[step] * g, restart, in_order(step, K, not REVERSE), RESTARTS)
                 exponent = q * before[K - 1 - step]
                 exponent_sums = exponent_sums + (exponent * a + back_exponents[step],)
                 dA_n = exponent * back_dts[step] + dA_n

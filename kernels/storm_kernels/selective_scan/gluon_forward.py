@@ -43,16 +43,8 @@ from storm_kernels.selective_scan.gluon_lanes import (
     steps_of,
     store_steps,
     tile_layout,
+    unless,
 )
-
-
-@gluon.jit
-def _decay(dts, a, restart, k: gl.constexpr, RESTARTS: gl.constexpr):
-    """2^(dt a) at step k, zero where the state restarts."""
-    decay = exp2(dts[k] * a)
-    if RESTARTS:
-        decay = gl.where((restart & (1 << k)) != 0, 0.0, decay)
-    return decay
 
 
 @gluon.jit
@@ -70,8 +62,7 @@ def _states(
     decays = ()
     for step in gl.static_range(0, K):
         for i in gl.static_range(0, TOGETHER):
-            decay = _decay(dts, a[i], restart, in_order(step, K, REVERSE), RESTARTS)
-            decays = decays + (decay,)
+            decays = decays + (exp2(dts[in_order(step, K, REVERSE)] * a[i]),)
     for group in range(0, states // STATES):
         async_copy.wait_group(SLOTS - 2)
         fetch_states(
@@ -98,10 +89,11 @@ def _states(
                 later = ()
                 for i in gl.static_range(0, TOGETHER):
                     inflow = xs[in_order(step, K, REVERSE)] * B_n[i][in_order(step, K, REVERSE)]
-                    later = later + (decays[step * TOGETHER + i] * h[i] + inflow,)
+                    before = unless(h[i], restart, in_order(step, K, REVERSE), RESTARTS)
+                    later = later + (decays[step * TOGETHER + i] * before + inflow,)
                     inflows = inflows + (inflow,)
                 h = later
-            h = lane_scan(h, total_decays, LANES, onward(REVERSE, TOGETHER))
+            h = lane_scan(h, total_decays, LANES, onward(REVERSE, TOGETHER), RESTARTS)
             starts = ()
             C_n = ()
             next_a = ()
@@ -128,11 +120,11 @@ def _states(
                 y = ys[in_order(step, K, REVERSE)]
                 later = ()
                 for i in gl.static_range(0, TOGETHER):
-                    state = decays[step * TOGETHER + i] * h[i] + inflows[step * TOGETHER + i]
+                    before = unless(h[i], restart, in_order(step, K, REVERSE), RESTARTS)
+                    state = decays[step * TOGETHER + i] * before + inflows[step * TOGETHER + i]
                     y = state * C_n[i][in_order(step, K, REVERSE)] + y
                     later = later + (state,)
-                    decay = _decay(dts, a[i], restart, in_order(step, K, REVERSE), RESTARTS)
-                    next_decays = next_decays + (decay,)
+                    next_decays = next_decays + (exp2(dts[in_order(step, K, REVERSE)] * a[i]),)
                 h = later
                 summed = summed + (y,)
             decays = next_decays

@@ -199,6 +199,15 @@ def keep(steps, bits, K: gl.constexpr):
     return out
 
 
+@gluon.jit
+def unless(x, bits, k: gl.constexpr, SOME: gl.constexpr):
+    """Zero where bit k is set, if SOME are: replaced, not multiplied, for x may be infinite."""
+    out = x
+    if SOME:
+        out = gl.where((bits & (1 << k)) != 0, 0.0, x)
+    return out
+
+
 @gluon.constexpr_function
 def coefficient_memory():
     """Shared memory of coefficients: rows of 16 bytes, as they lie in global memory."""
@@ -348,7 +357,7 @@ def sigmoid(x):
 
 
 @gluon.constexpr_function
-def _scan_assembly(lanes, directions):
+def _scan_assembly(lanes, directions, restarts):
     """Independent scans, one a direction, step by step, so that their latencies overlap."""
     directions = directions.split()
     count = len(directions)
@@ -366,6 +375,8 @@ def _scan_assembly(lanes, directions):
             lines.append(f"shfl.sync.{direction}.b32 th|q, {h}, {end}")
             if more:
                 lines.append(f"shfl.sync.{direction}.b32 tp, {p}, {end}")
+            if restarts:  # zero times an infinite state would be no number
+                lines.append(f"setp.neu.and.f32 q, {p}, 0f00000000, q;")
             lines.append(f"@q fma.rn.f32 {h}, {p}, th, {h};")
             if more:
                 lines.append(f"@q mul.f32 {p}, {p}, tp;")
@@ -399,29 +410,30 @@ def _sum_assembly(lanes):
 
 
 @gluon.jit
-def lane_scan(h, p, LANES: gl.constexpr, DIRECTIONS: gl.constexpr):
+def lane_scan(h, p, LANES: gl.constexpr, DIRECTIONS: gl.constexpr, RESTARTS: gl.constexpr):
     """Inclusive scans of h = p * h_before + h over the lanes of a row, one, two or four at a time.
 
     Args:
         h, p: tuples of one, two or four float32 [..., lanes].
         DIRECTIONS: "up" (h_before is the lane before) or "down" (the lane after) for each.
+        RESTARTS: where p is zero h_before is not looked at, be it infinite.
     """
     COUNT: gl.constexpr = len(h)
     if COUNT == 1:
         first = gl.inline_asm_elementwise(
-            _scan_assembly(LANES, DIRECTIONS), "=&f,f,f", [h[0], p[0]],
+            _scan_assembly(LANES, DIRECTIONS, RESTARTS), "=&f,f,f", [h[0], p[0]],
             dtype=gl.float32, is_pure=True, pack=1,
         )  # fmt: skip
         out = (first,)
     elif COUNT == 2:
         first, second = gl.inline_asm_elementwise(
-            _scan_assembly(LANES, DIRECTIONS), "=&f,=&f,f,f,f,f", [h[0], h[1], p[0], p[1]],
+            _scan_assembly(LANES, DIRECTIONS, RESTARTS), "=&f,=&f,f,f,f,f", [h[0], h[1], p[0], p[1]],
             dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
         )  # fmt: skip
         out = (first, second)
     else:
         first, second, third, fourth = gl.inline_asm_elementwise(
-            _scan_assembly(LANES, DIRECTIONS), "=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f",
+            _scan_assembly(LANES, DIRECTIONS, RESTARTS), "=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f",
             [h[0], h[1], h[2], h[3], p[0], p[1], p[2], p[3]],
             dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
         )  # fmt: skip

@@ -203,11 +203,16 @@ def _padded_states(states: int) -> int:
     return -(-states // 4) * 4
 
 
-def _coefficients(B, C, steps: int, lanes: int):
-    """B and C [B, L, K, G] -> float32 [B, K, tiles, states, 2, steps / 4, lanes, 4]."""
+def _coefficients(B, C, marks, steps: int, lanes: int):
+    """B and C [B, L, K, G] -> float32 [B, K, tiles, states, 2, steps / 4, lanes, 4].
+
+    Zero at padding: the kernels multiply by them, and a NaN may stand there.
+    """
     batch, length, groups, states = B.shape
     tiles = -(-length // (steps * lanes))
     both = jnp.stack([B.astype(jnp.float32), C.astype(jnp.float32)], axis=-1)
+    if marks is not None:
+        both = jnp.where((marks == 0)[:, :, None, None, None], 0.0, both)
     more = _padded_states(states)
     pad = ((0, 0), (0, tiles * steps * lanes - length), (0, 0), (0, more - states), (0, 0))
     both = jnp.pad(both, pad).reshape(batch, tiles, lanes, steps // 4, 4, groups, more, 2)
@@ -247,7 +252,7 @@ def _operands(arrays: _Arrays, steps: int, lanes: int):
         tile_marks = _tile_marks(marks, arrays.u.shape[2], steps * lanes)
     return (
         A2,
-        _coefficients(arrays.B, arrays.C, steps, lanes),
+        _coefficients(arrays.B, arrays.C, arrays.marks, steps, lanes),
         A2 if arrays.D is None else arrays.D.astype(jnp.float32),
         A2 if arrays.delta_bias is None else arrays.delta_bias.astype(jnp.float32),
         A2 if arrays.z is None else arrays.z,
