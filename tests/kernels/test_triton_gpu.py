@@ -118,6 +118,25 @@ def test_segments_that_meet_at_borders(reverse):
     scan_suite.compare(GPU, case | {"segment_ids": ids}, reverse=reverse)
 
 
+@either_direction
+def test_an_infinite_state_stays_in_its_segment_over_threads_and_tiles(reverse):
+    """What the others give back has the same bits as without it, gradients included."""
+    # The shapes of the test before.
+    case = inputs(7, batch=4, length=TILES, state=5, initial_state=True)
+    ids = jnp.where(jnp.arange(TILES) < 280, 1, 2).at[40:47].set(-1).at[:40].set(0)
+    ids = jnp.tile(ids[None], (4, 1)).astype(jnp.int32)
+    run = functools.partial(scan_suite.with_gradients, implementation=GPU, reverse=reverse)
+    cotangents = scan_suite.cotangents(case)
+    y, h, gradients = run(case, ids, *cotangents)
+    infinite = case["u"].at[:, 290 if reverse else 3].set(jnp.inf)
+    got_y, got_h, got = run(case | {"u": infinite}, ids, *cotangents)
+    others = slice(0, 280) if reverse else slice(40, None)
+    np.testing.assert_array_equal(got_y[:, others], y[:, others])
+    np.testing.assert_array_equal(got_h, h)
+    for name in POSITIONS:
+        np.testing.assert_array_equal(got[name][:, others], gradients[name][:, others], name)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [

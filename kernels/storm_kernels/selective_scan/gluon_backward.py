@@ -365,6 +365,8 @@ def _channels(
             y_p = gl.sum(results.index(0).reshape([WARPS, CHANNELS, T]).load(cubes), 0)
             y_p = y_p + D_p * u_p
             dz_p = dy_p * y_p * (s_p * (1.0 + z_p * (1.0 - s_p)))
+            if RESTARTS:
+                dz_p = gl.where(valid, dz_p, 0.0)  # an infinite state may pass through padding
         if WHOLE:
             gl.store(du + row, du_p.to(du.dtype.element_ty))
             gl.store(ddelta + row, ddelta_p.to(ddelta.dtype.element_ty))

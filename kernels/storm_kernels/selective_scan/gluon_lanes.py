@@ -427,7 +427,8 @@ def lane_scan(h, p, LANES: gl.constexpr, DIRECTIONS: gl.constexpr, RESTARTS: gl.
         out = (first,)
     elif COUNT == 2:
         first, second = gl.inline_asm_elementwise(
-            _scan_assembly(LANES, DIRECTIONS, RESTARTS), "=&f,=&f,f,f,f,f", [h[0], h[1], p[0], p[1]],
+            _scan_assembly(LANES, DIRECTIONS, RESTARTS), "=&f,=&f,f,f,f,f",
+            [h[0], h[1], p[0], p[1]],
             dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
         )  # fmt: skip
         out = (first, second)

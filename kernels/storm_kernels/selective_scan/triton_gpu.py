@@ -425,6 +425,8 @@ def _backward_states(static, arrays, saved, edges, dy, first: int, states: int) 
     )
     dBC = jnp.sum(dBC, axis=0).transpose(4, 0, 2, 5, 1, 3)
     dBC = dBC.reshape(2, batch, -1, groups, more)[:, :, :length, :, :count]
+    if arrays.marks is not None:
+        dBC = jnp.where((arrays.marks == 0)[:, :, None, None], 0.0, dBC)
     return _Arrays(
         u=du,
         delta=ddelta,
