@@ -1,16 +1,16 @@
 """The backward kernel of the TPU scan; `pallas_tpu_tiles` says how its work is laid out.
 
-Time runs against the scan. For each span and each block of 1024 channels five loops run: dt, dt * u
+Time runs against the scan. For each span and each block of 1024 channels these loops run: dt, dt * u
 and the gradient of y before the gate (natural form); the states of the span from the saved one,
-kept in VMEM; the recurrence of the gradient back through the span; the rest of the chain rule
-(natural form). One step of the recurrence, for every state n (kernels.md, section 2):
+kept in VMEM; the recurrence of the gradient back through the span, 16 positions at a time in three
+loops; the rest of the chain rule (natural form). One step of the recurrence, for every state n (kernels.md, section 2):
 
     g += C dy          the gradient of the state after the step
     dC = sum h_after dy,  dB = sum g x,  dx = sum_n g B
     g *= a;  s = g h_before;  dA += s dt,  ddt = sum_n s A
 
 The sums over n are additions of registers. Those over channels, dB and dC, are products stored as
-registers, added over sublanes once 8 positions are done and over lanes once a span is.
+registers, added over sublanes once 16 positions are done and over lanes once a span is.
 """
 
 import functools
@@ -26,7 +26,7 @@ from storm_kernels.selective_scan.pallas_tpu_operands import Arrays, Operands, S
 from storm_kernels.selective_scan.pallas_tpu_tiles import BLOCK, LANES, PITCH, TILES, Geometry
 
 _TIME_BLOCK = 64
-_UNROLL = 8
+_STRETCH = 16  # positions whose products are in VMEM at once
 
 
 def backward(
@@ -76,6 +76,7 @@ def backward(
         "dA_rows": tiles.rows_scratch(geo.blocks * geo.rows),
         "h": tiles.rows_scratch(geo.rows),
         "history": ((geo.span + 1) * geo.used * TILES, LANES),
+        "through": (_STRETCH * geo.used * TILES, LANES),
         "B_rows": tiles.columns_scratch(geo, geo.used),
         "C_rows": tiles.columns_scratch(geo, geo.used),
         "dt_rows": tiles.rows_scratch(geo.span),
@@ -83,24 +84,19 @@ def backward(
         "dy_rows": tiles.rows_scratch(geo.span),
         "dx_rows": tiles.rows_scratch(geo.span),
         "ddt_rows": tiles.rows_scratch(geo.span),
-        "dB_parts": tiles.rows_scratch(_UNROLL * _chunk_rows(geo)),
-        "dC_parts": tiles.rows_scratch(_UNROLL * _chunk_rows(geo)),
+        "dB_parts": tiles.rows_scratch(_STRETCH * geo.rows),
+        "dC_parts": tiles.rows_scratch(_STRETCH * geo.rows),
         "dB_sums": (geo.span * geo.rows, LANES),
         "dC_sums": (geo.span * geo.rows, LANES),
     }
     if arrays.z is not None:
         scratch["y_rows"] = tiles.rows_scratch(geo.span)
+    if geo.softplus:
+        scratch["slope_rows"] = tiles.rows_scratch(geo.span)
     if geo.marked:
         scratch["mark_rows"] = tiles.columns_scratch(geo, 2)
-    results = launch(
-        _kernel, "selective_scan_backward", geo, inputs, outputs, scratch, interpret
-    )
+    results = launch(_kernel, "selective_scan_backward", geo, inputs, outputs, scratch, interpret)
     return _gradients(operands, geo, results)
-
-
-def _chunk_rows(geo: Geometry) -> int:
-    """Rows of one position in the buffers of products: `chunk` in whole registers."""
-    return pl.cdiv(geo.chunk, TILES) * TILES
 
 
 def _gradients(operands: Operands, geo: Geometry, results: dict[str, jax.Array]) -> Arrays:
@@ -161,7 +157,7 @@ def _kernel(geo: Geometry, r: SimpleNamespace) -> None:
             if hasattr(r, name):
                 ref = getattr(r, name)
                 ref[...] = jnp.zeros_like(ref)
-        if geo.chunk % TILES:
+        if geo.used % TILES:
             # Rows between the states of two positions are added up with the others.
             for ref in (r.dB_parts, r.dC_parts):
                 ref[...] = jnp.zeros_like(ref)
@@ -233,130 +229,112 @@ class _Inside:
         return value if mask is None else jnp.where(mask, value, 0.0)
 
 
-def _load(geo: Geometry, r: SimpleNamespace, view, t, tile: int, inside: _Inside, valid):
-    """u, delta + bias, dy and z (or None) of 8 positions and one lane tile, masked."""
-    at = (pl.ds(t, TILES), pl.ds(tile * LANES, LANES))
-
-    def masked(value):
-        return inside(value.astype(jnp.float32), tile, valid)
-
-    raw = view.delta[at].astype(jnp.float32)
-    if hasattr(r, "delta_bias"):
-        raw += view.delta_bias[:, pl.ds(tile * LANES, LANES)]
-    z = masked(view.z[at]) if hasattr(r, "z") else None
-    return masked(view.u[at]), masked(raw), masked(view.dy[at]), z
-
-
 def _before(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None:
-    """dt, dt * u and the gradient of y before the gate, in row form."""
+    """dt and its slope, dt * u and the gradient of y before the gate, in row form."""
     view = tiles.views(geo, r, first, block)
 
     def eight(t):
         valid = tiles.valid(r.mark_rows, t) if marks else None
         for tile in range(TILES):
-            u, raw, dy, z = _load(geo, r, view, t, tile, inside, valid)
-            dt = inside(tiles.softplus(raw), tile, valid) if geo.softplus else raw
+            at = (pl.ds(t, TILES), pl.ds(tile * LANES, LANES))
+
+            def masked(value, tile=tile):
+                return inside(value.astype(jnp.float32), tile, valid)
+
+            dt = view.delta[at].astype(jnp.float32)
+            if hasattr(r, "delta_bias"):
+                dt += view.delta_bias[:, at[1]]
+            if geo.softplus:
+                dt, slope = tiles.softplus_and_slope(dt)
+                tiles.rows_from_natural(r.slope_rows, t, tile, slope)
+            dt, dy = masked(dt), masked(view.dy[at])
+            if hasattr(r, "z"):
+                dy *= tiles.silu(masked(view.z[at]))
             tiles.rows_from_natural(r.dt_rows, t, tile, dt)
-            tiles.rows_from_natural(r.x_rows, t, tile, dt * u)
-            if z is not None:
-                dy *= z * tiles.sigmoid(z)
+            tiles.rows_from_natural(r.x_rows, t, tile, dt * masked(view.u[at]))
             tiles.rows_from_natural(r.dy_rows, t, tile, dy)
 
     tiles.eights(geo, eight, unroll=2)
 
 
-def _groups(geo: Geometry, against: bool, body) -> None:
-    """Runs body(chunk of states, [(index in scan order, position), ...]) over a span."""
-
-    def group(index):
-        if against:
-            index = geo.span // _UNROLL - 1 - index
-        begin = index * _UNROLL
-        pairs = []
-        for offset in range(_UNROLL):
-            position = begin + offset
-            if geo.reverse:
-                position = geo.span - _UNROLL - begin + (_UNROLL - 1 - offset)
-            pairs.append((begin + offset, position))
-        pairs = pairs[::-1] if against else pairs
-        if geo.chunks == 1:
-            body(0, pairs)
-        else:
-            tiles.loop(geo.chunks, lambda number: body(number, pairs))
-
-    tiles.loop(geo.span // _UNROLL, group)
-
-
 def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
     """The states of a span, each before its step; with a gate also y before skip and gate."""
+    gated = hasattr(r, "z")
 
-    def some(number, pairs):
-        n0 = number * geo.chunk
+    def some(chunk, steps):
+        n0 = chunk * geo.chunk
+        base = block * geo.rows + n0
         h = [tiles.row(r.h, n0 + n) for n in range(geo.chunk)]
-        for index, t in pairs:
+        for _, index, t in steps:
             dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
             if marks:
                 keep = tiles.keep(r.mark_rows, t)
             y = None
-            if hasattr(r, "z") and geo.chunks > 1:
-                y = jnp.where(number == 0, 0.0, tiles.row(r.y_rows, t))
+            if gated and geo.chunks > 1:
+                y = jnp.where(chunk == 0, 0.0, tiles.row(r.y_rows, t))
             for n in range(geo.chunk):
-                at = t * tiles.columns_pitch(geo.used) + n0 + n
-                _remember(geo, r, index, n0 + n, h[n])
+                at = tiles.column(geo, t, n0 + n)
+                r.history[_register(geo, index, n0 + n), :] = h[n]
                 before = jnp.where(keep, h[n], 0.0) if marks else h[n]
-                decay = jnp.exp2(dt * tiles.row(r.A_rows, block * geo.rows + n0 + n))
+                decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
                 h[n] = decay * before + x * tiles.splat(r.B_rows, at)
-                if hasattr(r, "z"):
+                if gated:
                     term = h[n] * tiles.splat(r.C_rows, at)
                     y = term if y is None else y + term
-            if y is not None:
+            if gated:
                 tiles.set_row(r.y_rows, t, y)
         for n in range(geo.chunk):
             tiles.set_row(r.h, n0 + n, h[n])
 
-    _groups(geo, False, some)
-
-    def last(n):
-        _remember(geo, r, geo.span, n, tiles.row(r.h, n))
-
+    tiles.steps(geo, 0, geo.span, 16, some)
     for n in range(geo.used):
-        last(n)
+        r.history[_register(geo, geo.span, n), :] = tiles.row(r.h, n)
 
 
-def _history_rows(geo: Geometry, index, n):
-    return pl.ds(pl.multiple_of((index * geo.used + n) * TILES, TILES), TILES)
-
-
-def _remember(geo: Geometry, r: SimpleNamespace, index, n, value: jax.Array) -> None:
-    r.history[_history_rows(geo, index, n), :] = value
+def _register(geo: Geometry, index, n):
+    """Where the register of state n at an index lies in `history` and `through`."""
+    return pl.ds(tiles.value((index * geo.used + n) * TILES), TILES)
 
 
 def _reverse(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
-    """The gradient of the state back through a span, and what it gives for the operands."""
-    height = _chunk_rows(geo)
+    """The gradient of the state back through a span, and what it gives for the operands.
 
-    def some(number, pairs):
-        n0 = number * geo.chunk
+    A stretch at a time, in three loops that leave the products with the least to wait for to the
+    later ones. In one loop together the compiler schedules those products last, and keeps what
+    they are made from until then in registers that it does not have.
+    """
+    stretch = min(_STRETCH, geo.span)
+
+    def some(number):
+        first = geo.span - stretch - number * stretch
+        for body in (_carry_back, _products, _add_products):
+            body(geo, r, block, first, stretch, marks)
+
+    tiles.loop(geo.span // stretch, some)
+
+
+def _carry_back(geo: Geometry, r: SimpleNamespace, block, first, stretch: int, marks) -> None:
+    """The recurrence itself, with the sums over the states."""
+
+    def some(chunk, steps):
+        n0 = chunk * geo.chunk
         base = block * geo.rows + n0
         g = [tiles.row(r.g, base + n) for n in range(geo.chunk)]
-        dA = [tiles.row(r.dA_rows, base + n) for n in range(geo.chunk)]
-        for place, (index, t) in enumerate(pairs):
+        for place, index, t in steps:
             dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
             dy = tiles.row(r.dy_rows, t)
             if marks:
                 keep = tiles.keep(r.mark_rows, t)
-            dx, ddt = None, None
+            dx = ddt = None
             if geo.chunks > 1:
-                dx = jnp.where(number == 0, 0.0, tiles.row(r.dx_rows, t))
-                ddt = jnp.where(number == 0, 0.0, tiles.row(r.ddt_rows, t))
+                dx = jnp.where(chunk == 0, 0.0, tiles.row(r.dx_rows, t))
+                ddt = jnp.where(chunk == 0, 0.0, tiles.row(r.ddt_rows, t))
             for n in range(geo.chunk):
-                at = t * tiles.columns_pitch(geo.used) + n0 + n
+                at = tiles.column(geo, t, n0 + n)
                 weight = tiles.row(r.A_rows, base + n)
-                after = r.history[_history_rows(geo, index + 1, n0 + n), :]
-                before = r.history[_history_rows(geo, index, n0 + n), :]
+                before = r.history[_register(geo, index, n0 + n), :]
                 total = g[n] + dy * tiles.splat(r.C_rows, at)
-                tiles.set_row(r.dC_parts, place * height + n, after * dy)
-                tiles.set_row(r.dB_parts, place * height + n, total * x)
+                tiles.set_row(r.dB_parts, place * geo.rows + (n0 + n), total * x)
                 term = total * tiles.splat(r.B_rows, at)
                 dx = term if dx is None else dx + term
                 g[n] = total * jnp.exp2(dt * weight)
@@ -364,25 +342,58 @@ def _reverse(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
                     g[n] = jnp.where(keep, g[n], 0.0)
                     before = jnp.where(keep, before, 0.0)
                 through = g[n] * before
-                dA[n] = dA[n] + through * dt
+                r.through[_register(geo, place, n0 + n), :] = through
                 term = through * weight
                 ddt = term if ddt is None else ddt + term
             tiles.set_row(r.dx_rows, t, dx)
             tiles.set_row(r.ddt_rows, t, ddt)
         for n in range(geo.chunk):
             tiles.set_row(r.g, base + n, g[n])
-            tiles.set_row(r.dA_rows, base + n, dA[n])
-        for place, (_, t) in enumerate(pairs):
-            for first in range(0, height, TILES):
-                for parts, sums in ((r.dB_parts, r.dB_sums), (r.dC_parts, r.dC_sums)):
-                    begin = (place * height + first) * PITCH
-                    to = pl.ds(pl.multiple_of(t * geo.rows + n0 + first, TILES), TILES)
-                    total = jnp.where(block == 0, 0.0, sums[to, :])
-                    for sublane in range(TILES):
-                        total += parts[pl.ds(begin + sublane, TILES, stride=PITCH), :]
-                    sums[to, :] = total
 
-    _groups(geo, True, some)
+    tiles.steps(geo, first, stretch, 8, some, against=True)
+
+
+def _products(geo: Geometry, r: SimpleNamespace, block, first, stretch: int, marks) -> None:
+    """dA, the products of dC, and the products of dB added over sublanes."""
+
+    def some(chunk, steps):
+        n0 = chunk * geo.chunk
+        base = block * geo.rows + n0
+        dA = [tiles.row(r.dA_rows, base + n) for n in range(geo.chunk)]
+        for place, index, t in steps:
+            dt, dy = tiles.row(r.dt_rows, t), tiles.row(r.dy_rows, t)
+            for n in range(geo.chunk):
+                after = r.history[_register(geo, index + 1, n0 + n), :]
+                through = r.through[_register(geo, place, n0 + n), :]
+                tiles.set_row(r.dC_parts, place * geo.rows + (n0 + n), after * dy)
+                dA[n] = dA[n] + through * dt
+            _add_sublanes(geo, r.dB_parts, r.dB_sums, block, place, t, n0)
+        for n in range(geo.chunk):
+            tiles.set_row(r.dA_rows, base + n, dA[n])
+
+    tiles.steps(geo, first, stretch, 8, some, against=True)
+
+
+def _add_products(geo: Geometry, r: SimpleNamespace, block, first, stretch: int, marks) -> None:
+    def some(chunk, steps):
+        for place, _, t in steps:
+            _add_sublanes(geo, r.dC_parts, r.dC_sums, block, place, t, chunk * geo.chunk)
+
+    tiles.steps(geo, first, stretch, 16, some)
+
+
+def _add_sublanes(geo: Geometry, parts, sums, block, place, t, n0) -> None:
+    """Adds the products of one position over sublanes: 8 states become one register."""
+    for first in range(0, pl.cdiv(geo.chunk, TILES) * TILES, TILES):
+        source = (place * geo.rows + (n0 + first)) * PITCH
+        to = pl.ds(tiles.value(t * geo.rows + (n0 + first)), TILES)
+        terms = [jnp.where(block == 0, 0.0, sums[to, :])]
+        for sublane in range(TILES):
+            terms.append(parts[pl.ds(tiles.value(source + sublane), TILES, stride=PITCH), :])
+        while len(terms) > 1:
+            pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+            terms = pairs + terms[len(pairs) * 2 :]
+        sums[to, :] = terms[0]
 
 
 def _after(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None:
@@ -394,27 +405,30 @@ def _after(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None
         for tile in range(TILES):
             at = (pl.ds(t, TILES), pl.ds(tile * LANES, LANES))
             lanes = at[1]
-            u, raw, dy, z = _load(geo, r, view, t, tile, inside, valid)
-            dt = tiles.natural_from_rows(r.dt_rows, t, tile)
+
+            def masked(value, tile=tile):
+                return inside(value.astype(jnp.float32), tile, valid)
+
+            u, dy = masked(view.u[at]), masked(view.dy[at])
             dx = tiles.natural_from_rows(r.dx_rows, t, tile)
-            du = dx * dt
+            du = dx * tiles.natural_from_rows(r.dt_rows, t, tile)
             # The weights in VMEM are A log2(e).
             ddelta = dx * u + tiles.natural_from_rows(r.ddt_rows, t, tile) * tiles.LN_2
             if geo.softplus:
-                ddelta *= tiles.sigmoid(raw)
+                ddelta *= tiles.natural_from_rows(r.slope_rows, t, tile)
             ddelta = inside(ddelta, tile, valid)
-            inner = dy
-            if z is not None:
+            if hasattr(r, "z"):
+                z = masked(view.z[at])
                 y = tiles.natural_from_rows(r.y_rows, t, tile)
                 if hasattr(r, "D"):
                     y += view.D[:, lanes] * u
                 gate = tiles.sigmoid(z)
-                inner = dy * z * gate
-                dz = dy * y * gate * (1.0 + z * (1.0 - gate))
+                dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
                 view.dz[at] = inside(dz, tile, valid).astype(r.dz.dtype)
+                dy = tiles.natural_from_rows(r.dy_rows, t, tile)
             if hasattr(r, "D"):
-                du += view.D[:, lanes] * inner
-                view.dD[:, lanes] += inner * u
+                du += view.D[:, lanes] * dy
+                view.dD[:, lanes] += dy * u
             if hasattr(r, "delta_bias"):
                 view.ddelta_bias[:, lanes] += ddelta
             view.du[at] = inside(du, tile, valid).astype(r.du.dtype)

@@ -19,7 +19,7 @@ from storm_kernels.selective_scan.pallas_tpu_operands import Operands, Specs, la
 from storm_kernels.selective_scan.pallas_tpu_tiles import LANES, PITCH, TILES, Geometry
 
 _TIME_BLOCK = 128
-UNROLL = 16
+_UNROLL = 16
 
 
 def forward(operands: Operands, output_dtype: jnp.dtype, keep_states: bool, interpret) -> tuple:
@@ -139,49 +139,36 @@ def _before(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> N
             tiles.rows_from_natural(r.dt_rows, t, tile, dt)
             tiles.rows_from_natural(r.x_rows, t, tile, dt * u)
 
-    tiles.eights(geo, eight)
+    tiles.eights(geo, eight, unroll=8)
 
 
 def _recurrence(geo: Geometry, r: SimpleNamespace, block, careful: bool) -> None:
     """The state through a span, and y before skip and gate, in row form."""
-    unroll = min(UNROLL, geo.span)
 
-    def group(index):
-        begin = geo.span - unroll - index * unroll if geo.reverse else index * unroll
-        order = range(unroll)[::-1] if geo.reverse else range(unroll)
-
-        def chunk(number):
-            n0 = number * geo.chunk
-            base = block * geo.rows + n0
-            h = [tiles.row(r.h, base + n) for n in range(geo.chunk)]
-            for offset in order:
-                t = begin + offset
-                dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
-                if careful:
-                    # A select and not a product: an infinite state must not leak.
-                    keep = tiles.keep(r.mark_rows, t)
-                    h = [jnp.where(keep, value, 0.0) for value in h]
-                y = None if geo.chunks == 1 else _sum_so_far(r, t, number)
-                for n in range(geo.chunk):
-                    at = t * tiles.columns_pitch(geo.used) + n0 + n
-                    decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
-                    h[n] = decay * h[n] + x * tiles.splat(r.B_rows, at)
-                    term = h[n] * tiles.splat(r.C_rows, at)
-                    y = term if y is None else y + term
-                tiles.set_row(r.y_rows, t, y)
+    def some(chunk, steps):
+        n0 = chunk * geo.chunk
+        base = block * geo.rows + n0
+        h = [tiles.row(r.h, base + n) for n in range(geo.chunk)]
+        for _, _, t in steps:
+            dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
+            if careful:
+                # A select and not a product: an infinite state must not leak.
+                keep = tiles.keep(r.mark_rows, t)
+                h = [jnp.where(keep, before, 0.0) for before in h]
+            y = None
+            if geo.chunks > 1:
+                y = jnp.where(chunk == 0, 0.0, tiles.row(r.y_rows, t))
             for n in range(geo.chunk):
-                tiles.set_row(r.h, base + n, h[n])
+                at = tiles.column(geo, t, n0 + n)
+                decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
+                h[n] = decay * h[n] + x * tiles.splat(r.B_rows, at)
+                term = h[n] * tiles.splat(r.C_rows, at)
+                y = term if y is None else y + term
+            tiles.set_row(r.y_rows, t, y)
+        for n in range(geo.chunk):
+            tiles.set_row(r.h, base + n, h[n])
 
-        if geo.chunks == 1:
-            chunk(0)
-        else:
-            tiles.loop(geo.chunks, chunk)
-
-    tiles.loop(geo.span // unroll, group)
-
-
-def _sum_so_far(r: SimpleNamespace, t, number) -> jax.Array:
-    return jnp.where(number == 0, 0.0, tiles.row(r.y_rows, t))
+    tiles.steps(geo, 0, geo.span, _UNROLL, some)
 
 
 def _after(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> None:
@@ -203,4 +190,4 @@ def _after(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> No
                 y = jnp.where(valid, y, 0.0)
             view.y[positions, lanes] = y.astype(r.y.dtype)
 
-    tiles.eights(geo, eight)
+    tiles.eights(geo, eight, unroll=8)

@@ -241,8 +241,10 @@ def launch(
     vmem += sum(4 * math.prod(shape) for shape in scratch.values())
 
     def run(*arrays, interpret):
+        unroll = tiles.INTERPRETED_UNROLL if interpret else geo.unroll
+        sizes = dataclasses.replace(geo, unroll=unroll)
         return pl.pallas_call(
-            lambda *refs: kernel(geo, SimpleNamespace(**dict(zip(names, refs, strict=True)))),
+            lambda *refs: kernel(sizes, SimpleNamespace(**dict(zip(names, refs, strict=True)))),
             grid=(geo.batch, geo.groups * geo.supers, geo.time_blocks),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, _, spec in outputs.values()],

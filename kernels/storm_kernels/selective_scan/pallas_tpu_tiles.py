@@ -31,6 +31,8 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
 _SPAN = 64
+# Interpreted kernels are compiled by XLA for CPUs, which takes minutes over unrolled loops.
+INTERPRETED_UNROLL = 1
 _TIME_BLOCK = 128
 _STREAM_BYTES = 4 << 20  # VMEM for one buffer of all blocks that are streamed; there are two
 _SCOPED_VMEM = 16 << 20  # what every generation gives a kernel unasked
@@ -51,6 +53,7 @@ class Geometry:
         softplus: dt = softplus(delta + bias).
         marked: some positions are padding or restart the state, or the last time block is longer
             than what is left of the arrays.
+        unroll: the most positions that a loop's body holds.
     """
 
     batch: int
@@ -65,6 +68,7 @@ class Geometry:
     reverse: bool
     softplus: bool
     marked: bool
+    unroll: int = 16
 
     @property
     def width(self) -> int:
@@ -183,10 +187,18 @@ def softplus(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0.0) + jnp.where(e < 1 / 32, small, jnp.log(1.0 + e))
 
 
-def sigmoid(x: jax.Array) -> jax.Array:
-    """1 / (1 + e^-x) to float32's relative accuracy, however negative x is."""
+def softplus_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`softplus` and its derivative 1 / (1 + e^-x), to the same relative accuracy."""
     e = jnp.exp2(jnp.abs(x) * -LOG2_E)
-    return jnp.where(x >= 0, 1.0, e) / (1.0 + e)
+    small = e * (1.0 + e * (-0.499899 + e * 0.322762))
+    whole = 1.0 + e
+    value = jnp.maximum(x, 0.0) + jnp.where(e < 1 / 32, small, jnp.log(whole))
+    return value, jnp.where(x >= 0, 1.0, e) / whole
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    """1 / (1 + e^-x) in four instructions; absolute error about 1e-7."""
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
 def silu(x: jax.Array) -> jax.Array:
@@ -209,10 +221,37 @@ def state_tiles(geo: Geometry, block):
             )  # fmt: skip
 
 
-def eights(geo: Geometry, body, unroll: int = 8) -> None:
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An index begin + offset, of which only begin is known when the kernel runs.
+
+    Multiplied out, so that all steps of an unrolled loop share one base address. Where each has an
+    address of its own the compiler must assume that the stores of one step and those of the next
+    overlap, and values wait for their turn in registers that are not there.
+    """
+
+    begin: jax.Array | int
+    offset: int
+
+    def __mul__(self, factor: int) -> "Step":
+        return Step(self.begin * factor, self.offset * factor)
+
+    def __add__(self, more) -> "Step":
+        if isinstance(more, int):
+            return Step(self.begin, self.offset + more)
+        return Step(self.begin + more, self.offset)
+
+
+def value(index) -> jax.Array | int:
+    """The number that an index stands for."""
+    return index.begin + index.offset if isinstance(index, Step) else index
+
+
+def eights(geo: Geometry, body, unroll: int) -> None:
     """Runs body(t) for every eighth position t of a span."""
     count = geo.span // TILES
-    loop(count, lambda index: body(pl.multiple_of(index * TILES, TILES)), min(unroll, count))
+    unroll = min(unroll, count) if geo.unroll > 1 else 1
+    loop(count, lambda index: body(pl.multiple_of(index * TILES, TILES)), unroll)
 
 
 STREAMS = ("u", "delta", "z", "y", "dy", "du", "ddelta", "dz")
@@ -231,19 +270,49 @@ def views(geo: Geometry, r: SimpleNamespace, first, block) -> SimpleNamespace:
     return SimpleNamespace(**cut)
 
 
+def steps(geo: Geometry, first, count: int, unroll: int, body, against: bool = False) -> None:
+    """Runs body(number of states' chunk, steps) over positions, `unroll` at a time.
+
+    Args:
+        first: the first of the positions in scan order; a multiple of `unroll`.
+        count: how many.
+        body: gets a chunk's number and a list of (place from `first` on, index in scan order,
+            position in the span), one for each step.
+        against: from the last to the first in scan order.
+    """
+    unroll = min(unroll, geo.unroll, count)
+
+    def group(number):
+        begin = count - unroll - number * unroll if against else number * unroll
+        listed = []
+        for offset in range(unroll):
+            place, index = Step(begin, offset), Step(first + begin, offset)
+            position = index
+            if geo.reverse:
+                position = Step(geo.span - unroll - first - begin, unroll - 1 - offset)
+            listed.append((place, index, position))
+        listed = listed[::-1] if against else listed
+        if geo.chunks == 1:
+            body(0, listed)
+        else:
+            loop(geo.chunks, lambda chunk: body(chunk, listed))
+
+    loop(count // unroll, group)
+
+
 def lanes_of(block: jax.Array | int, tile: int):
     """The lanes of one lane tile of a block in an array in natural form."""
     return pl.ds(pl.multiple_of(block * BLOCK + tile * LANES, LANES), LANES)
 
 
-def splat(ref, row) -> jax.Array:
+def splat(ref, index) -> jax.Array:
     """One row of a reference on all 8 sublanes: a load with stride 0, no vector instruction."""
-    return jnp.broadcast_to(ref[pl.ds(row, 1), :], (TILES, LANES))
+    return jnp.broadcast_to(ref[pl.ds(value(index), 1), :], (TILES, LANES))
 
 
-def rows_from_natural(rows_ref, start, tile: int, value: jax.Array) -> None:
+def rows_from_natural(rows_ref, start, tile: int, register: jax.Array) -> None:
     """Stores a register in natural form: 8 positions (or states), one lane tile."""
-    rows_ref[pl.ds(start * PITCH + tile, TILES, stride=PITCH), :] = value
+    rows_ref[pl.ds(start * PITCH + tile, TILES, stride=PITCH), :] = register
 
 
 def natural_from_rows(rows_ref, start, tile: int) -> jax.Array:
@@ -253,11 +322,11 @@ def natural_from_rows(rows_ref, start, tile: int) -> jax.Array:
 
 def row(rows_ref, index) -> jax.Array:
     """1024 channels of one position (or state)."""
-    return rows_ref[pl.ds(index * PITCH, TILES), :]
+    return rows_ref[pl.ds(value(index * PITCH), TILES), :]
 
 
-def set_row(rows_ref, index, value: jax.Array) -> None:
-    rows_ref[pl.ds(index * PITCH, TILES), :] = value
+def set_row(rows_ref, index, register: jax.Array) -> None:
+    rows_ref[pl.ds(value(index * PITCH), TILES), :] = register
 
 
 def rows_scratch(count: int) -> tuple[int, int]:
@@ -268,6 +337,11 @@ def rows_scratch(count: int) -> tuple[int, int]:
 def columns_pitch(columns: int) -> int:
     """Rows from one position to the next in a buffer that `broadcast_columns` fills: odd."""
     return columns | 1
+
+
+def column(geo: Geometry, t, n):
+    """The row of state n at position t in such a buffer of all states."""
+    return t * columns_pitch(geo.used) + n
 
 
 def columns_scratch(geo: Geometry, columns: int) -> tuple[int, int]:
@@ -294,7 +368,7 @@ def broadcast_columns(pairs, geo: Geometry) -> None:
                 spread = jnp.broadcast_to(values[:, i : i + 1], (TILES, LANES))
                 target[pl.ds(t * pitch + i, TILES, stride=pitch), :] = spread
 
-    eights(geo, eight)
+    eights(geo, eight, unroll=8)
 
 
 def valid(mark_rows, t) -> jax.Array:
