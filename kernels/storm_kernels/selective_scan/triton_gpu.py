@@ -118,8 +118,8 @@ def entry_gradient(call: ScanCall, dy: jax.Array, dh: jax.Array) -> jax.Array:
 
 
 def _arrays(call: ScanCall) -> _Arrays:
-    def channels_first(x):
-        return x if x is None or call.layout == "bdl" else jnp.swapaxes(x, 1, 2)
+    def channels_first(x: jax.Array) -> jax.Array:
+        return x if call.layout == "bdl" else jnp.swapaxes(x, 1, 2)
 
     marks = None
     if call.segment_ids is not None:
@@ -132,7 +132,7 @@ def _arrays(call: ScanCall) -> _Arrays:
         B=call.B,
         C=call.C,
         D=call.D,
-        z=channels_first(call.z),
+        z=None if call.z is None else channels_first(call.z),
         delta_bias=call.delta_bias,
         initial_state=call.initial_state,
         marks=marks,
@@ -335,20 +335,20 @@ def _backward(static: _Static, arrays: _Arrays, saved, dy, dh) -> _Arrays:
         _backward_states(static, arrays, saved, edges, dy, first, states)
         for first in range(0, states, GPU_BACKWARD.states)
     ]
-    if len(parts) == 1:
-        total = parts[0]
-    else:
+    total = parts[0]
+    if len(parts) > 1:
         # Blocks of states add up in all that is summed over states, and follow each other in
-        # what is not.
+        # what is not. The skip is the first block's.
         joined = {
             name: jnp.concatenate([getattr(part, name) for part in parts], axis=-1)
             for name in ("A", "B", "C")
         }
-        summed = jax.tree.map(
-            lambda *x: sum(x),
-            *(dataclasses.replace(p, A=None, B=None, C=None, D=None) for p in parts),
-        )
-        total = dataclasses.replace(summed, **joined, D=parts[0].D)
+        summed = {
+            name: sum(getattr(part, name) for part in parts)
+            for name in ("u", "delta", "z", "delta_bias")
+            if getattr(total, name) is not None
+        }
+        total = dataclasses.replace(total, **joined, **summed)
     rounded = {
         name: getattr(total, name).astype(getattr(arrays, name).dtype)
         for name in ("u", "delta", "B", "C", "z")
@@ -449,15 +449,15 @@ def _triton_call() -> Callable:
     layouts that a Gluon kernel states: here 128 conversions through shared memory in the innermost
     loop and twice the time (measured).
     """
-    import jax_triton
-    from jax_triton import triton_lib
+    import jax_triton  # pyrefly: ignore[missing-import]
+    from jax_triton import triton_lib  # pyrefly: ignore[missing-import]
     from triton.backends.nvidia.compiler import CUDABackend
 
     class GluonBackend(CUDABackend):
-        def make_ttir(self, mod, *_):
+        def make_ttir(self, mod, *_):  # pyrefly: ignore[bad-override]
             return mod
 
-        def make_ttgir(self, mod, metadata, options, capability):
+        def make_ttgir(self, mod, metadata, options, capability):  # pyrefly: ignore[bad-override]
             return self.gluon_to_ttgir(mod, metadata, options, capability)
 
     compile_any = triton_lib.compile_ttir_inplace
