@@ -348,7 +348,8 @@ def _backward(static: _Static, arrays: _Arrays, saved, dy, dh) -> _Arrays:
             for name in ("u", "delta", "z", "delta_bias")
             if getattr(total, name) is not None
         }
-        total = dataclasses.replace(total, **joined, **summed)
+        whole: dict = {**joined, **summed}
+        total = dataclasses.replace(total, **whole)
     rounded = {
         name: getattr(total, name).astype(getattr(arrays, name).dtype)
         for name in ("u", "delta", "B", "C", "z")
