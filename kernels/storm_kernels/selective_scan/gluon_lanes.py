@@ -411,34 +411,26 @@ def _sum_assembly(lanes):
 
 @gluon.jit
 def lane_scan(h, p, LANES: gl.constexpr, DIRECTIONS: gl.constexpr, RESTARTS: gl.constexpr):
-    """Inclusive scans of h = p * h_before + h over the lanes of a row, one, two or four at a time.
+    """Inclusive scans of h = p * h_before + h over the lanes of a row, one or two at a time.
 
     Args:
-        h, p: tuples of one, two or four float32 [..., lanes].
+        h, p: tuples of one or two float32 [..., lanes].
         DIRECTIONS: "up" (h_before is the lane before) or "down" (the lane after) for each.
         RESTARTS: where p is zero h_before is not looked at, be it infinite.
     """
-    COUNT: gl.constexpr = len(h)
-    if COUNT == 1:
+    if len(h) == 1:
         first = gl.inline_asm_elementwise(
             _scan_assembly(LANES, DIRECTIONS, RESTARTS), "=&f,f,f", [h[0], p[0]],
             dtype=gl.float32, is_pure=True, pack=1,
         )  # fmt: skip
         out = (first,)
-    elif COUNT == 2:
+    else:
         first, second = gl.inline_asm_elementwise(
             _scan_assembly(LANES, DIRECTIONS, RESTARTS), "=&f,=&f,f,f,f,f",
             [h[0], h[1], p[0], p[1]],
             dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
         )  # fmt: skip
         out = (first, second)
-    else:
-        first, second, third, fourth = gl.inline_asm_elementwise(
-            _scan_assembly(LANES, DIRECTIONS, RESTARTS), "=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f",
-            [h[0], h[1], h[2], h[3], p[0], p[1], p[2], p[3]],
-            dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
-        out = (first, second, third, fourth)
     return out
 
 

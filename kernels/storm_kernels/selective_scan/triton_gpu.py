@@ -24,6 +24,7 @@ from storm_kernels.selective_scan.once import not_differentiable
 from storm_kernels.selective_scan.platforms import platform_of
 from storm_kernels.selective_scan.segments import segment_marks
 from storm_kernels.selective_scan.shapes import (
+    ADJOINT_TOGETHER,
     GPU_BACKWARD,
     GpuSweep,
     channels_of_a_program,
@@ -307,6 +308,7 @@ def _adjoint(static: _Static, arrays: _Arrays, dy, dh):
     batch, channels, _ = arrays.u.shape
     states = arrays.A.shape[1]
     sweep, grid, segments = _sweep(arrays)
+    sweep = dataclasses.replace(sweep, together=ADJOINT_TOGETHER)
     A2, BC, _, bias, z, marks, tile_marks = _operands(arrays, sweep.steps, sweep.lanes)
     return launch(
         scan_adjoint,
