@@ -80,9 +80,9 @@ class GpuBackward:
         return dict(K=self.steps, LANES=self.lanes, CHANNELS=self.channels, WARPS=self.warps)
 
 
-# H100, bf16, all operands, medians in ms (benchmarks/results/scan_gpu_tuning.json). A
-# multiprocessor has 16384 registers for each of its four schedulers: up to 168 registers three
-# warps fit on one, up to 128 four. Without a limit the compiler takes a few more than 168 and loses a third.
+# H100, bf16, all operands, medians in ms (benchmarks/results/scan_gpu_tuning.json). Each of a
+# multiprocessor's four schedulers has 16384 registers: up to 168 of a thread three warps fit on
+# one, up to 128 four. Without a limit the compiler takes a few more than 168 and loses a third.
 #   B=1 L=65536 E=2304 (2.2 warps a scheduler): 168: 1.89, none: 2.48, 224: 2.24; 4 warps: 2.04
 #   B=1 L=32768 E=7168 (6.8): 128: 2.43, none: 2.64, 1 warp and 168: 2.85, 4 warps and 128: 2.45
 _SWEEP_FEW = GpuSweep(
