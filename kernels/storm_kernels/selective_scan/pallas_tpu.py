@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from storm_kernels.selective_scan.call import ScanCall, promote_varying
+from storm_kernels.selective_scan.once import not_differentiable
 from storm_kernels.selective_scan.pallas_tpu_backward import backward
 from storm_kernels.selective_scan.pallas_tpu_forward import forward
 from storm_kernels.selective_scan.pallas_tpu_operands import Arrays, Operands
+from storm_kernels.selective_scan.pallas_tpu_tiles import has_small_vmem
 from storm_kernels.selective_scan.segments import segment_marks
 
 _WEIGHTS = ("A", "D", "delta_bias")
@@ -29,10 +31,11 @@ class _Static:
     reverse: bool
     softplus: bool
     output_dtype: jnp.dtype
+    small_vmem: bool
     interpret: object
 
     def operands(self, arrays: Arrays) -> Operands:
-        return Operands(arrays, self.channels, self.reverse, self.softplus)
+        return Operands(arrays, self.channels, self.reverse, self.softplus, self.small_vmem)
 
 
 def unsupported(call: ScanCall) -> str | None:
@@ -80,6 +83,7 @@ def pallas_tpu_scan(call: ScanCall, *, interpret=None) -> tuple[jax.Array, jax.A
         reverse=call.reverse,
         softplus=call.delta_softplus,
         output_dtype=jnp.dtype(call.output_dtype),
+        small_vmem=has_small_vmem(call.u),
         interpret=interpret,
     )
     arrays = Arrays(
@@ -116,13 +120,23 @@ def _scan(static: _Static, arrays: Arrays):
 
 
 def _scan_fwd(static, arrays):
-    y, h, states = _batched(functools.partial(_forward, static, keep_states=True))(arrays)
+    run = _batched(functools.partial(_forward, static, keep_states=True))
+    y, h, states = not_differentiable("pallas_tpu")(run)(arrays)
     return (y, h), (arrays, states)
 
 
 def _scan_bwd(static, residuals, cotangents):
     arrays, states = residuals
-    return (_backward_once(static, arrays, states, *cotangents),)
+    run = _batched(functools.partial(_backward, static))
+    grads = not_differentiable("pallas_tpu")(run)(arrays, states, *cotangents)
+    weights = {}
+    for name in _WEIGHTS:
+        primal = getattr(arrays, name)
+        if primal is not None:
+            # The kernel returns one gradient per batch row.
+            total = jnp.sum(getattr(grads, name), axis=0, keepdims=True)
+            weights[name] = total.astype(primal.dtype)
+    return (dataclasses.replace(grads, **weights),)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -133,28 +147,6 @@ def _forward(static: _Static, arrays: Arrays, *, keep_states: bool):
     y, final, states = forward(operands, static.output_dtype, keep_states, static.interpret)
     y = operands.cut_channels(y, -1)[:, : arrays.u.shape[1]]
     return y, operands.state_out(final), states
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward_once(static, arrays, states, dy, dfinal):
-    run = _batched(functools.partial(_backward, static))
-    grads = run(arrays, states, dy, dfinal)
-    weights = {}
-    for name in _WEIGHTS:
-        primal = getattr(arrays, name)
-        if primal is not None:
-            # The kernel returns one gradient per batch row.
-            total = jnp.sum(getattr(grads, name), axis=0, keepdims=True)
-            weights[name] = total.astype(primal.dtype)
-    return dataclasses.replace(grads, **weights)
-
-
-@_backward_once.defjvp
-def _backward_jvp(static, primals, tangents):
-    raise NotImplementedError(
-        "implementation='pallas_tpu' is differentiable once, and its gradient is being "
-        "differentiated: take implementation='reference' for second derivatives"
-    )
 
 
 def _backward(static: _Static, arrays: Arrays, states, dy, dfinal) -> Arrays:

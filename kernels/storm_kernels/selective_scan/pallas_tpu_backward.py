@@ -1,9 +1,10 @@
 """The backward kernel of the TPU scan; `pallas_tpu_tiles` says how its work is laid out.
 
-Time runs against the scan. For each span and each block of 1024 channels these loops run: dt, dt * u
-and the gradient of y before the gate (natural form); the states of the span from the saved one,
-kept in VMEM; the recurrence of the gradient back through the span, 16 positions at a time in three
-loops; the rest of the chain rule (natural form). One step of the recurrence, for every state n (kernels.md, section 2):
+Time runs against the scan. For each span and each block of 1024 channels these loops run: dt,
+dt * u and the gradient of y before the gate (natural form); the states of the span from the saved
+one, kept in VMEM; the gradient of the state back through the span, 16 positions at a time in three
+loops; the rest of the chain rule (natural form). One step back, for every state n (mamba_ssm's
+mathematics):
 
     g += C dy          the gradient of the state after the step
     dC = sum h_after dy,  dB = sum g x,  dx = sum_n g B
@@ -13,7 +14,6 @@ The sums over n are additions of registers. Those over channels, dB and dC, are 
 registers, added over sublanes once 16 positions are done and over lanes once a span is.
 """
 
-import functools
 from types import SimpleNamespace
 
 import jax
@@ -147,7 +147,7 @@ def _kernel(geo: Geometry, r: SimpleNamespace) -> None:
     def _():
         def start(block):
             inside = _Inside(geo, block == last_block)
-            for first, tile, at, begin in tiles.state_tiles(geo, block):
+            for _, tile, at, begin in tiles.state_tiles(geo, block):
                 tiles.rows_from_natural(r.A_rows, begin, tile, r.A[0, *at])
                 tiles.rows_from_natural(r.g, begin, tile, inside(r.dfinal[0, *at], tile))
                 tiles.rows_from_natural(r.dA_rows, begin, tile, jnp.zeros((TILES, LANES)))

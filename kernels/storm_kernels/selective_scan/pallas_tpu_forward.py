@@ -9,14 +9,12 @@ and dt * u, elementwise in natural form; the recurrence, 16 positions unrolled; 
 import functools
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from storm_kernels.selective_scan import pallas_tpu_tiles as tiles
 from storm_kernels.selective_scan.pallas_tpu_operands import Operands, Specs, launch
-from storm_kernels.selective_scan.pallas_tpu_tiles import LANES, PITCH, TILES, Geometry
+from storm_kernels.selective_scan.pallas_tpu_tiles import LANES, TILES, Geometry
 
 _TIME_BLOCK = 128
 _UNROLL = 16

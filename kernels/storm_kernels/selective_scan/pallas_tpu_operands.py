@@ -56,6 +56,7 @@ class Operands:
     channels: int  # before padding
     reverse: bool
     softplus: bool
+    small_vmem: bool = False
 
     @property
     def groups(self) -> int:
@@ -68,6 +69,7 @@ class Operands:
             batch=batch, length=length, channels=tiles.padded_channels(self.channels, self.groups),
             groups=self.groups, state=self.arrays.A.shape[-1], stream_bytes=stream_bytes,
             steps=steps, reverse=self.reverse, softplus=self.softplus, marked=True,
+            small_vmem=self.small_vmem,
         )  # fmt: skip
         return dataclasses.replace(
             geo, marked=self.arrays.valid is not None or length % geo.steps != 0

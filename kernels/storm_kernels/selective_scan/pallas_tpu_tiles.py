@@ -23,8 +23,9 @@ from jax.experimental import pallas as pl
 LANES = 128
 TILES = 8  # lane tiles in a block, as many as a register has sublanes
 BLOCK = LANES * TILES  # channels of one register in row form
-# Rows of a position (or of a state) are 9 apart, not 8: VMEM has banks, and an access with a stride
-# of 8 sublanes compiles to two instructions and an `or`, one with 9 to a single one (libtpu 0.0.42).
+# Rows of a position (or of a state) are 9 apart, not 8: VMEM has banks, and an access with a
+# stride of 8 sublanes compiles to two instructions and an `or`, one with 9 to a single one
+# (libtpu 0.0.42).
 PITCH = TILES + 1
 
 LOG2_E = 1.4426950408889634
@@ -126,14 +127,30 @@ def padded_channels(channels: int, groups: int) -> int:
     return channels if groups == 1 else groups * pl.cdiv(channels // groups, BLOCK) * BLOCK
 
 
-def span_of(state: int, length: int) -> int:
+def has_small_vmem(x: jax.Array) -> bool:
+    """Whether computation on x is for a TPU v4 or older: 16 MiB of VMEM instead of 64 or 128.
+
+    By the mesh in force or x's own, else by JAX's default device: as `platform_of`. So a program
+    compiled ahead of time for a v4 needs a mesh.
+    """
+    kinds = [
+        mesh.abstract_device.device_kind
+        for mesh in (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
+        if not mesh.empty and mesh.abstract_device is not None
+    ]
+    kinds = kinds or [jax.devices()[0].device_kind]
+    return kinds[0].startswith(("TPU v2", "TPU v3", "TPU v4"))
+
+
+def span_of(state: int, length: int, small_vmem: bool) -> int:
     """Positions between two saved states.
 
     64 with up to 16 states, so that the saved states of [65536, 2304] with 16 states take 151 MB
-    and the states of one span and one block of channels 4 MiB of VMEM; fewer with more.
+    and the states of one span and one block of channels 4 MiB of VMEM; fewer with more states,
+    and half as many where VMEM is small.
     """
     rows = pl.cdiv(state, 16) * 16
-    span = max(8, min(_SPAN, 1024 // rows))
+    span = max(8, min(_SPAN, 1024 // rows) // (2 if small_vmem else 1))
     span = 1 << (span.bit_length() - 1)
     while span > 16 and span // 2 >= length:
         span //= 2
@@ -142,7 +159,7 @@ def span_of(state: int, length: int) -> int:
 
 def geometry(
     *, batch: int, length: int, channels: int, groups: int, state: int, stream_bytes: int,
-    steps: int, reverse: bool, softplus: bool, marked: bool,
+    steps: int, reverse: bool, softplus: bool, marked: bool, small_vmem: bool = False,
 ) -> Geometry:  # fmt: skip
     """Chooses the blocks of a launch.
 
@@ -150,12 +167,16 @@ def geometry(
         channels: of the arrays, padded by `padded_channels`.
         stream_bytes: bytes per position and channel of all streamed operands and results.
         steps: the longest time block wanted.
+        small_vmem: as `has_small_vmem` says.
     """
-    span = span_of(state, length)
+    if small_vmem:
+        steps //= 2
+    span = span_of(state, length, small_vmem)
     while steps > span and steps // 2 >= length:
         steps //= 2
     group_blocks = pl.cdiv(channels // groups, BLOCK)
-    most = max(1, _STREAM_BYTES // (stream_bytes * steps * BLOCK))
+    budget = _STREAM_BYTES // (4 if small_vmem else 1)
+    most = max(1, budget // (stream_bytes * steps * BLOCK))
     if groups > 1:
         blocks = max(n for n in range(1, group_blocks + 1) if group_blocks % n == 0 and n <= most)
     else:
