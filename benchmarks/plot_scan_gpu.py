@@ -22,9 +22,10 @@ def main() -> None:
         )
         for ours, peer, color, shift, name in bars:
             peers = [row[peer] for row in rows]
-            panel.bar(place + shift, peers, 0.36, color=color, alpha=0.3, label=f"{name}, mamba_ssm")
             times = [row[ours]["median"] for row in rows]
-            panel.bar(place + shift, times, 0.36, color=color, label=f"{name}, storm_kernels")
+            place_of = place + shift
+            panel.bar(place_of, peers, 0.36, color=color, alpha=0.3, label=f"{name}, mamba_ssm")
+            panel.bar(place_of, times, 0.36, color=color, label=f"{name}, storm_kernels")
         panel.set_xticks(place, names, fontsize=7)
         panel.set_title(f"{dtype}, {results['device']}", fontsize=9)
         panel.set_xlabel("batch x channels, length")

@@ -116,7 +116,9 @@ class MambaLayer(nnx.Module):
         if self.backward is not None:
             y = y + self.backward(u, segments_BL, layout)
         y = y * jax.nn.silu(z)
-        return x_BLD + (self.out_proj(y) if layout == "bld" else self.out_proj.from_channels_first(y))
+        if layout == "bld":
+            return x_BLD + self.out_proj(y)
+        return x_BLD + self.out_proj.from_channels_first(y)
 
 
 class TemporalEncoder(nnx.Module):
