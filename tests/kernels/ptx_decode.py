@@ -234,11 +234,13 @@ def _compare(machine, instruction):
     """setp and set."""
     kind = instruction.type
     how = instruction.modifiers[0]
+    combine = next((_COMBINE[m] for m in instruction.modifiers[1:] if m in _COMBINE), None)
+    target, *operands = instruction.operands
+    if kind in ("f16x2", "bf16x2") and isinstance(target, Pair) and combine is None:
+        return _compare_packed(machine, instruction, how, kind)
     function = arithmetic.compare(how, kind)
     if function is None:
         raise instruction.unsupported()
-    combine = next((_COMBINE[m] for m in instruction.modifiers[1:] if m in _COMBINE), None)
-    target, *operands = instruction.operands
     a, b = (read(machine, operand, kind) for operand in operands[:2])
     other = read(machine, operands[2], "pred") if combine else None
     ftz = instruction.has("ftz") and kind == "f32"
@@ -268,6 +270,25 @@ def _compare(machine, instruction):
         put(combine(result, with_other), mask)
         if put_second:
             put_second(combine(~result, with_other), mask)
+
+    return execute
+
+
+def _compare_packed(machine, instruction, how, kind):
+    """setp of two halves: one predicate for the low ones, one for the high ones."""
+    half = arithmetic.PACKED[kind]
+    function = arithmetic.compare(how, half)
+    if function is None:
+        raise instruction.unsupported()
+    target, *operands = instruction.operands
+    a, b = (read(machine, operand, kind) for operand in operands)
+    puts = [write(machine, part, "pred") for part in (target.first, target.second)]
+
+    def execute(mask):
+        pairs = zip(arithmetic.unpack(a(), half), arithmetic.unpack(b(), half), strict=True)
+        results = [function(x, y) for x, y in pairs]
+        for put, result in zip(puts, results, strict=True):
+            put(result, mask)
 
     return execute
 

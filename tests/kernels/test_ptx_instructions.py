@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from tests.kernels.ptx_snippets import WORDS, apply
 
@@ -425,3 +426,17 @@ def test_comparisons_with_nan():
     ]:  # fmt: skip
         text = f"setp.{how}.f32 %p1, {{0}}, {{1}}; selp.b32 {{d}}, 1, 0, %p1"
         np.testing.assert_array_equal(apply(text, x, y), expected, how)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_packed_comparisons(kind):
+    dtype = np.float16 if kind == "f16" else bfloat16
+    rng = np.random.default_rng(8)
+    x, y = rng.integers(-2, 3, (2, 64, 2)).astype(np.float32).astype(dtype)
+    x[5, 1] = y[9, 0] = np.nan
+    a, b = (np.ascontiguousarray(v).view(np.uint32)[:, 0] for v in (x, y))
+    for how, function in [("ge", np.greater_equal), ("lt", np.less), ("eq", np.equal)]:
+        body = f"setp.{how}.{kind}x2 %p1|%p2, {{0}}, {{1}};"
+        got = apply(body + "selp.b32 {d}, 1, 0, %p1; @%p2 add.s32 {d}, {d}, 2", a, b)
+        expected = function(x, y).astype(int)
+        np.testing.assert_array_equal(got, expected[:, 0] + 2 * expected[:, 1], how)

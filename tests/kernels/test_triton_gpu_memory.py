@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
-from storm_kernels.selective_scan import selective_scan
+from storm_kernels.selective_scan import selective_scan, triton_gpu
+from storm_kernels.selective_scan.call import ScanCall
 from tests.kernels.gpu_emulation import recorded_launches
 
 pytest.importorskip("triton")
@@ -105,3 +106,32 @@ def test_no_array_has_states_at_all_positions(dtype):
         math.prod(x.aval.shape) for equation in found for x in (*equation.invars, *equation.outvars)
     )
     assert largest == CHANNELS * LENGTH  # u's, a sixteenth of all states'
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "served"),
+    [(1, 4_194_240, True), (1, 4_194_241, False), (65535, 1, True), (65536, 1, False)],
+)
+def test_a_call_is_served_if_its_grids_are_within_the_limits(batch, length, served, monkeypatch):
+    shapes = {
+        "u": (batch, 1, length), "delta": (batch, 1, length), "A": (1, 1),
+        "B": (batch, length, 1, 1), "C": (batch, length, 1, 1), "initial_state": (batch, 1, 1),
+    }  # fmt: skip
+    case = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+
+    def with_gradients(case):
+        outputs, pull = jax.vjp(scan, case)
+        return pull(outputs)
+
+    with recorded_launches() as launches:
+        jax.eval_shape(with_gradients, case)
+    # CUDA's limit along the second and third axes of a grid.
+    assert all(n <= 65535 for launch in launches for n in launch.grid[1:]) == served
+
+    monkeypatch.setattr(triton_gpu, "platform_of", lambda x: "gpu")
+    monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: name)
+    call = ScanCall(
+        **case, D=None, z=None, delta_bias=None, segment_ids=None, delta_softplus=True,
+        reverse=False, layout="bdl", chunk_size=None, output_dtype=jnp.dtype("float32"),
+    )  # fmt: skip
+    assert (triton_gpu.unsupported(call) is None) == served

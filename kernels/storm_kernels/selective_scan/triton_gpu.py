@@ -72,6 +72,10 @@ def unsupported(call: ScanCall) -> str | None:
         return "it needs an NVIDIA GPU"
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed (pip install 'storm_jax[cuda]', Python 3.12 or newer)"
+    # A grid's second and third axes end at 65535: rows, and segments in the backward.
+    longest = 65535 * GPU_BACKWARD.segment
+    if call.length > longest or call.u.shape[0] > 65535:
+        return f"its kernels take up to {longest} positions and 65535 rows of a batch"
     return None
 
 
