@@ -9,6 +9,7 @@ python -m storm_kernels.ablate --platform=tpu:v5e                static cost, no
 
 import argparse
 import datetime
+import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 import jax
 
 from storm_kernels.ablation import floors, plot
+from storm_kernels.ablation import static as static_cost
 from storm_kernels.ablation.implementations import Implementation, chosen, every
 from storm_kernels.ablation.operands import DTYPES, FUSED, OPTIONAL, Setting
 from storm_kernels.ablation.report import JsonLines, Row, digits, table
@@ -51,13 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted, generation = _platform(arguments.platform)
         shapes, settings = _shapes(arguments), _settings(arguments)
         directions = _listed(arguments.direction, DIRECTIONS, "--direction")
-        _choose_platform(wanted)
+        _choose_platform(wanted, generation)
         device = _device(wanted, generation)
         here = _common(device)
         static = generation is not None and not (
             here == "tpu" and floors.tpu_generation(device.device_kind) == generation
         )
         offered = _offered(arguments.implementation, "tpu" if static else here)
+        if static:
+            static_cost.require_libtpu()
+            offered = [static_cost.without_kernel(implementation) for implementation in offered]
     except ValueError as error:
         parser.error(str(error))  # exits with 2
 
@@ -78,9 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     if here == "cpu" and not static and max(_work(shape) for shape in shapes) > 2**28:
         _say("on a CPU a row of such a shape takes minutes; --quick or --limit-length=N cuts it")
-    if static:
-        from storm_kernels.ablation import static as static_cost
-
+    if generation is not None and static:
         measured = static_cost.rows(plan, generation, _begin)
     else:
         measured = rows(plan, _begin)
@@ -200,12 +203,14 @@ def _offered(given: Sequence[str], platform: str) -> list[Implementation]:
     return found
 
 
-def _choose_platform(name: str) -> None:
+def _choose_platform(name: str, generation: str | None) -> None:
     """Sets JAX's platform, before it looks for devices; the CPU stays, for the float64 values."""
     if importlib.util.find_spec("mamba_ssm") is not None:
         # PyTorch needs some of the GPU's memory, most of which JAX would take at once.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if name == "cpu":
+    tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if name == "cpu" or (generation is not None and not tpus):
+        # libtpu's search for a TPU that is not there takes long and prints errors.
         jax.config.update("jax_platforms", "cpu")
     elif name == "gpu":
         jax.config.update("jax_platforms", "cuda,cpu")

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from storm_kernels.ablation.operands import DTYPES, Setting
 from storm_kernels.ablation.shapes import Shape
+from storm_kernels.tpu_cost import CHIPS, Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,17 @@ class Gpu:
 class Tpu:
     """Rates of a TPU chip. Slots are per cycle and core, a slot is 1024 float32 results."""
 
-    cores: int
-    gigahertz: float
+    chip: Chip
     valu_slots: int
-    eup_slots: int
-    hbm_gb: float
-    source: str
+    eup_slots: int = 1
+
+    @property
+    def hbm_gb(self) -> float:
+        return self.chip.bandwidth
+
+    @property
+    def source(self) -> str:
+        return self.chip.source
 
 
 # Results per cycle and SM: CUDA C++ Programming Guide, table "Throughput of Native Arithmetic
@@ -65,15 +71,8 @@ _GPUS = {
     "A100 80GB PCIe": Gpu(108, 1.41, 64, 16, 1935, "NVIDIA A100 data sheet"),
 }
 
-# Slots: the resource lines of libtpu's bundle dumps. HBM: Cloud TPU documentation, v5p between
-# the two figures published. Clocks: v5e "How to Scale Your Model", v5p from 459 TFLOP/s, v6e not
-# published and assumed.
-_TPUS = {
-    "v4": Tpu(2, 1.05, 2, 1, 1230, "Cloud TPU v4"),
-    "v5e": Tpu(1, 1.5, 4, 1, 819, "Cloud TPU v5e"),
-    "v5p": Tpu(2, 1.75, 4, 1, 2765, "Cloud TPU v5p"),
-    "v6e": Tpu(1, 1.75, 4, 1, 1640, "Cloud TPU v6e, 1.75 GHz assumed"),
-}
+# Slots: the resource lines of libtpu's bundle dumps.
+_TPUS = {name: Tpu(chip, 2 if name == "v4" else 4) for name, chip in CHIPS.items()}
 
 TPU_GENERATIONS = tuple(_TPUS)
 
@@ -102,6 +101,11 @@ def device_rates(device_kind: str) -> Gpu | Tpu | None:
         if re.search(rf"\b{name}\b", device_kind):  # "GH200" is another device than "H200"
             return gpu
     return None
+
+
+def tpu_rates(generation: str) -> Tpu:
+    """The rates of a generation, one of `TPU_GENERATIONS`."""
+    return _TPUS[generation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +153,7 @@ def floor(rates: Gpu | Tpu, shape: Shape, setting: Setting, direction: str) -> F
         by_resource["FP32"] = fp32 / (clock * rates.lanes)
         by_resource["issue"] = (fp32 + exponentials) / (clock * 128)
     else:
-        clock = rates.cores * rates.gigahertz * 1e9 * 1024
+        clock = rates.chip.cores * rates.chip.clock * 1e9 * 1024
         by_resource["EUP"] = exponentials / (clock * rates.eup_slots)
         by_resource["VALU"] = steps * N * (18 if backward else 7) / (clock * rates.valu_slots)
     by_resource = {name: 1e3 * seconds for name, seconds in by_resource.items()}

@@ -30,7 +30,8 @@ class Implementation:
         broken: that reason is a mistake in it rather than something that this machine lacks.
         unsupported: of a shape and a setting, why it does not serve them, None if it does.
         layout: the only layout that it takes without copying; None takes the setting's.
-        torch: made in PyTorch: see `peers.mamba_ssm_programs`.
+        torch: made in PyTorch: see `peers.TorchProgram`.
+        source: `path/to/file.py:function` of a user's.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Implementation:
     unsupported: Callable[[Shape, Setting], str | None] = lambda shape, setting: None
     layout: str | None = None
     torch: bool = False
+    source: str | None = None
 
 
 def every(platform: str) -> list[Implementation]:
@@ -162,12 +164,12 @@ def from_file(text: str) -> Implementation:
         spec.loader.exec_module(module)
     except Exception as error:
         reason = f"{type(error).__name__}: {error} (while {path} was imported)"
-        return Implementation(label, None, reason, broken=True)
+        return Implementation(label, None, reason, broken=True, source=text)
     function = getattr(module, name, None)
     if not callable(function):
         there = [n for n, x in vars(module).items() if inspect.isfunction(x) and n[0] != "_"]
         raise ValueError(f"{path} has no function {name!r}; it has {', '.join(there) or 'none'}")
-    return _of_user(label, function)
+    return dataclasses.replace(_of_user(label, function), source=text)
 
 
 def _of_user(label: str, function: Callable) -> Implementation:

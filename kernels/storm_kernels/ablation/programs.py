@@ -5,6 +5,7 @@ framework makes its own objects with the same methods (`Program`), see `peers`.
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -121,11 +122,13 @@ def forward(scan: Scan, case: Operands, setting: Setting) -> JaxProgram:
 def both(scan: Scan, case: Operands, setting: Setting, given: Values) -> JaxProgram:
     """Forward and backward in one program, which returns the gradients of all operands."""
 
-    def gradients(case, given):
-        pull, dtypes = _pullback(scan, case, setting)
-        return pull(_cast(given, dtypes))[0]
+    return compile_program(functools.partial(gradients, scan, setting), (case, given))
 
-    return compile_program(gradients, (case, given))
+
+def gradients(scan: Scan, setting: Setting, case: Operands, given: Values) -> Values:
+    """The gradients of all operands but segment ids, for cotangents of y and the final state."""
+    pull, dtypes = _pullback(scan, case, setting)
+    return pull(_cast(given, dtypes))[0]
 
 
 def backward(scan: Scan, case: Operands, setting: Setting, given: Values) -> JaxProgram:

@@ -104,8 +104,8 @@ _HEAD = [
     "reached", "memory", "saved", "error", "in", "remark",
 ]  # fmt: skip
 _STATIC_HEAD = [
-    "shape", "dtype", "direction", "implementation", "bundles", "VALU", "EUP", "XLU", "load",
-    "store", "spills", "ms", "bound by", "floor ms", "reached", "remark",
+    "shape", "dtype", "direction", "implementation", "bundles", "recurrence", "VALU", "EUP", "XLU",
+    "load", "store", "spills", "ms", "bound by", "floor ms", "reached", "remark",
 ]  # fmt: skip
 _REMARK = 100
 _LEFT = {"shape", "dtype", "direction", "implementation", "bound by", "in", "remark"}
@@ -148,6 +148,7 @@ def _static_cells(row: Row) -> list[str]:
         row.direction,
         row.implementation,
         number(static.get("bundles")),
+        number(static.get("recurrence")),
         *(number(slots.get(name)) for name in ("VALU", "EUP", "XLU", "load", "store")),
         number(static.get("spills")),
         "" if row.ms is None else digits(row.ms),
