@@ -254,7 +254,7 @@ def _before(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> Non
             tiles.rows_from_natural(r.x_rows, t, tile, dt * masked(view.u[at]))
             tiles.rows_from_natural(r.dy_rows, t, tile, dy)
 
-    tiles.eights(geo, eight, unroll=2)
+    tiles.eights(geo, eight, unroll=4)
 
 
 def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
@@ -434,7 +434,7 @@ def _after(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None
             view.du[at] = inside(du, tile, valid).astype(r.du.dtype)
             view.ddelta[at] = ddelta.astype(r.ddelta.dtype)
 
-    tiles.eights(geo, eight, unroll=2)
+    tiles.eights(geo, eight, unroll=4)
 
 
 def _finish_sums(geo: Geometry, sums, out, where) -> None:

@@ -228,9 +228,9 @@ def silu(x: jax.Array) -> jax.Array:
     return half * jnp.tanh(half) + half
 
 
-def loop(count: int | jax.Array, body, unroll: int = 1) -> None:
+def loop(count: int | jax.Array, body) -> None:
     """Runs body(index) for its effects on references."""
-    lax.fori_loop(0, count, lambda index, _: body(index), None, unroll=unroll)
+    lax.fori_loop(0, count, lambda index, _: body(index), None)
 
 
 def state_tiles(geo: Geometry, block):
@@ -272,7 +272,15 @@ def eights(geo: Geometry, body, unroll: int) -> None:
     """Runs body(t) for every eighth position t of a span."""
     count = geo.span // TILES
     unroll = min(unroll, count) if geo.unroll > 1 else 1
-    loop(count, lambda index: body(pl.multiple_of(index * TILES, TILES)), unroll)
+
+    def some(index):
+        for offset in range(unroll):
+            body(pl.multiple_of((index * unroll + offset) * TILES, TILES))
+
+    if unroll == count:
+        some(0)
+    else:
+        loop(count // unroll, some)
 
 
 STREAMS = ("u", "delta", "z", "y", "dy", "du", "ddelta", "dz")

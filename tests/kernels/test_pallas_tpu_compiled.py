@@ -1,0 +1,60 @@
+"""The TPU kernels as libtpu compiles them, with no TPU: that it does, and what it makes of them."""
+
+import importlib.util
+
+import pytest
+
+from storm_kernels import tpu_cost
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+pytestmark = [needs_libtpu, pytest.mark.slow]
+GENERATIONS = tuple(tpu_cost.TOPOLOGIES)
+LONG = {"batch": 1, "length": 65536, "channels": 2304, "state": 16}
+WIDE = {"batch": 1, "length": 32768, "channels": 7168, "state": 16}
+SMALL_ODD = {"batch": 2, "length": 77, "channels": 130, "state": 5}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sizes", [LONG, WIDE, SMALL_ODD], ids=["long", "wide", "small"])
+def test_compiles_forward_and_backward(generation, dtype, sizes):
+    program = tpu_cost.scan_program(**sizes, dtype=dtype, fused=True, backward=True)
+    kernels = tpu_cost.compile_and_count(program, generation)
+    assert [k.name for k in kernels] == ["selective_scan_forward", "selective_scan_backward"]
+
+
+def cost(generation, fused, backward):
+    program = tpu_cost.scan_program(
+        batch=1, length=512, channels=7168, state=16, dtype="bfloat16", fused=fused,
+        backward=backward, segments=False,
+    )  # fmt: skip
+    return tpu_cost.scan_cost(tpu_cost.compile_and_count(program, generation)[-1], generation)
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_forward_bundles(generation):
+    plain, fused = cost(generation, False, False), cost(generation, True, False)
+    assert 1.75 <= plain.recurrence <= 2.1
+    assert plain.recurrence < plain.bundles < fused.bundles <= 2.5
+    # What the mathematics needs: 7 vector instructions and one exponential.
+    assert 6.9 <= plain.slots["VALU"] <= 7.5 and 0.99 <= plain.slots["EUP"] <= 1.01
+    assert max(plain.spills, fused.spills) <= FORWARD_SPILLS
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_backward_bundles(generation):
+    plain, fused = cost(generation, False, True), cost(generation, True, True)
+    assert 5.2 <= plain.recurrence <= 6.5
+    assert plain.recurrence < plain.bundles < fused.bundles <= 8.3
+    # Nothing that the kernel stores may be dropped: states, products of dB and dC, `through`.
+    assert plain.slots["VSTORE"] >= 4
+
+
+def test_a_program_that_cannot_be_compiled_says_why():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        tpu_cost.compile_and_count("1 / 0", "v5e", timeout=120)
+
+
+FORWARD_SPILLS = 4
