@@ -104,12 +104,10 @@ def pallas_tpu_scan(call: ScanCall, *, interpret=None) -> tuple[jax.Array, jax.A
 
 
 def _in_layout_bdl(call: ScanCall, interpret) -> tuple[jax.Array, jax.Array]:
-    swapped = {
-        name: jnp.swapaxes(getattr(call, name), 1, 2)
-        for name in ("u", "delta", "z")
-        if getattr(call, name) is not None
-    }
-    y, h = pallas_tpu_scan(dataclasses.replace(call, layout="bld", **swapped), interpret=interpret)
+    u, delta = jnp.swapaxes(call.u, 1, 2), jnp.swapaxes(call.delta, 1, 2)
+    z = None if call.z is None else jnp.swapaxes(call.z, 1, 2)
+    swapped = dataclasses.replace(call, u=u, delta=delta, z=z, layout="bld")
+    y, h = pallas_tpu_scan(swapped, interpret=interpret)
     return jnp.swapaxes(y, 1, 2), h
 
 

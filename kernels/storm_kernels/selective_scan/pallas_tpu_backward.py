@@ -22,7 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from storm_kernels.selective_scan import pallas_tpu_tiles as tiles
-from storm_kernels.selective_scan.pallas_tpu_operands import Arrays, Operands, Specs, launch
+from storm_kernels.selective_scan.pallas_tpu_operands import (
+    Arrays,
+    Operands,
+    Outputs,
+    Specs,
+    launch,
+)
 from storm_kernels.selective_scan.pallas_tpu_tiles import BLOCK, LANES, PITCH, TILES, Geometry
 
 _TIME_BLOCK = 64
@@ -57,7 +63,9 @@ def backward(
     inputs["dfinal"] = (operands.state_in(dfinal, geo), specs.state())
     inputs["states"] = (states, specs.states())
     shape = (geo.batch, geo.length, geo.channels)
-    outputs = {name: (shape, x.dtype, specs.stream()) for name, x in streams.items()}
+    outputs: Outputs = {}
+    for name, x in streams.items():
+        outputs[name] = (shape, x.dtype, specs.stream())
     state_shape = (geo.batch, geo.rows, geo.channels)
     outputs["dA"] = (state_shape, jnp.float32, specs.state())
     outputs["dinitial"] = (state_shape, jnp.float32, specs.state())
@@ -105,7 +113,7 @@ def _gradients(operands: Operands, geo: Geometry, results: dict[str, jax.Array])
     length = arrays.u.shape[1]
 
     def stream(name):
-        return None if name not in results else operands.cut_channels(results[name], -1)[:, :length]
+        return operands.cut_channels(results[name], -1)[:, :length]
 
     def column(x, like):
         # Sums lie as [register, sublane, lane], the lane counting slower than the sublane.
@@ -127,7 +135,7 @@ def _gradients(operands: Operands, geo: Geometry, results: dict[str, jax.Array])
         delta=stream("ddelta"),
         B=column(results["dB"], arrays.B),
         C=column(results["dC"], arrays.C),
-        z=stream("dz"),
+        z=stream("dz") if "dz" in results else None,
         initial_state=operands.state_out(results["dinitial"]),
         valid=None,
         restart=None,
@@ -267,21 +275,20 @@ def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
         h = [tiles.row(r.h, n0 + n) for n in range(geo.chunk)]
         for _, index, t in steps:
             dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
-            if marks:
-                keep = tiles.keep(r.mark_rows, t)
+            keep = tiles.keep(r.mark_rows, t) if marks else None
             y = None
             if gated and geo.chunks > 1:
                 y = jnp.where(chunk == 0, 0.0, tiles.row(r.y_rows, t))
             for n in range(geo.chunk):
                 at = tiles.column(geo, t, n0 + n)
                 r.history[_register(geo, index, n0 + n), :] = h[n]
-                before = jnp.where(keep, h[n], 0.0) if marks else h[n]
+                before = h[n] if keep is None else jnp.where(keep, h[n], 0.0)
                 decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
                 h[n] = decay * before + x * tiles.splat(r.B_rows, at)
                 if gated:
                     term = h[n] * tiles.splat(r.C_rows, at)
                     y = term if y is None else y + term
-            if gated:
+            if y is not None:
                 tiles.set_row(r.y_rows, t, y)
         for n in range(geo.chunk):
             tiles.set_row(r.h, n0 + n, h[n])
@@ -323,8 +330,7 @@ def _carry_back(geo: Geometry, r: SimpleNamespace, block, first, stretch: int, m
         for place, index, t in steps:
             dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
             dy = tiles.row(r.dy_rows, t)
-            if marks:
-                keep = tiles.keep(r.mark_rows, t)
+            keep = tiles.keep(r.mark_rows, t) if marks else None
             dx = ddt = None
             if geo.chunks > 1:
                 dx = jnp.where(chunk == 0, 0.0, tiles.row(r.dx_rows, t))
@@ -338,13 +344,14 @@ def _carry_back(geo: Geometry, r: SimpleNamespace, block, first, stretch: int, m
                 term = total * tiles.splat(r.B_rows, at)
                 dx = term if dx is None else dx + term
                 g[n] = total * jnp.exp2(dt * weight)
-                if marks:
+                if keep is not None:
                     g[n] = jnp.where(keep, g[n], 0.0)
                     before = jnp.where(keep, before, 0.0)
                 through = g[n] * before
                 r.through[_register(geo, place, n0 + n), :] = through
                 term = through * weight
                 ddt = term if ddt is None else ddt + term
+            assert dx is not None and ddt is not None  # a chunk is never empty
             tiles.set_row(r.dx_rows, t, dx)
             tiles.set_row(r.ddt_rows, t, ddt)
         for n in range(geo.chunk):

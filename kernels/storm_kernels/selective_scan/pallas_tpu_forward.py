@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from storm_kernels.selective_scan import pallas_tpu_tiles as tiles
-from storm_kernels.selective_scan.pallas_tpu_operands import Operands, Specs, launch
+from storm_kernels.selective_scan.pallas_tpu_operands import Operands, Outputs, Specs, launch
 from storm_kernels.selective_scan.pallas_tpu_tiles import LANES, TILES, Geometry
 
 _TIME_BLOCK = 128
@@ -40,7 +40,7 @@ def forward(operands: Operands, output_dtype: jnp.dtype, keep_states: bool, inte
     specs = Specs(geo, time_reversed=geo.reverse)
     inputs = operands.common_inputs(geo, specs)
     inputs["initial"] = (operands.state_in(arrays.initial_state, geo), specs.state())
-    outputs = {
+    outputs: Outputs = {
         "y": ((geo.batch, geo.length, geo.channels), output_dtype, specs.stream()),
         "final": ((geo.batch, geo.rows, geo.channels), jnp.float32, specs.state()),
     }
@@ -121,8 +121,7 @@ def _before(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> N
 
     def eight(t):
         positions = pl.ds(t, TILES)
-        if careful:
-            valid = tiles.valid(r.mark_rows, t)
+        valid = tiles.valid(r.mark_rows, t) if careful else None
         for tile in range(TILES):
             lanes = pl.ds(tile * LANES, LANES)
             dt = view.delta[positions, lanes].astype(jnp.float32)
@@ -131,7 +130,7 @@ def _before(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> N
                 dt += view.delta_bias[:, lanes]
             if geo.softplus:
                 dt = tiles.softplus(dt)
-            if careful:
+            if valid is not None:
                 # Only after the softplus: dt = 0 alone leaves the state as it is.
                 dt, u = jnp.where(valid, dt, 0.0), jnp.where(valid, u, 0.0)
             tiles.rows_from_natural(r.dt_rows, t, tile, dt)
@@ -162,6 +161,7 @@ def _recurrence(geo: Geometry, r: SimpleNamespace, block, careful: bool) -> None
                 h[n] = decay * h[n] + x * tiles.splat(r.B_rows, at)
                 term = h[n] * tiles.splat(r.C_rows, at)
                 y = term if y is None else y + term
+            assert y is not None  # a chunk is never empty
             tiles.set_row(r.y_rows, t, y)
         for n in range(geo.chunk):
             tiles.set_row(r.h, base + n, h[n])
@@ -175,8 +175,7 @@ def _after(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> No
 
     def eight(t):
         positions = pl.ds(t, TILES)
-        if careful:
-            valid = tiles.valid(r.mark_rows, t)
+        valid = tiles.valid(r.mark_rows, t) if careful else None
         for tile in range(TILES):
             lanes = pl.ds(tile * LANES, LANES)
             y = tiles.natural_from_rows(r.y_rows, t, tile)
@@ -184,7 +183,7 @@ def _after(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> No
                 y += view.D[:, lanes] * view.u[positions, lanes].astype(jnp.float32)
             if hasattr(r, "z"):
                 y *= tiles.silu(view.z[positions, lanes].astype(jnp.float32))
-            if careful:
+            if valid is not None:
                 y = jnp.where(valid, y, 0.0)
             view.y[positions, lanes] = y.astype(r.y.dtype)
 

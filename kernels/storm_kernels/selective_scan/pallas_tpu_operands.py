@@ -143,7 +143,7 @@ class Operands:
     def _marks(self, geo: Geometry) -> tuple[jax.Array, jax.Array]:
         """[batch, length, 2]: the position counts; the state before it does. Spans with a zero."""
         batch, length = self.arrays.u.shape[:2]
-        if self.arrays.valid is None:
+        if self.arrays.valid is None or self.arrays.restart is None:
             valid = keep = jnp.ones((batch, length), jnp.float32)
         else:
             valid = self.arrays.valid.astype(jnp.float32)
@@ -215,12 +215,21 @@ class Specs:
         return self._spec((1, 1, 1, self.geo.spans), lambda b, c, t: (b, t, 0, 0), smem=True)
 
 
+Outputs = dict[str, tuple[tuple[int, ...], jnp.dtype, pl.BlockSpec]]
+"""Results of a kernel by name: shape, dtype and block."""
+
+
+def _block_bytes(shape, dtype) -> int:
+    """VMEM of a block; 128 lanes are the least that its last axis takes."""
+    return math.prod(shape[:-1]) * max(shape[-1], LANES) * jnp.dtype(dtype).itemsize
+
+
 def launch(
     kernel: Callable[[Geometry, SimpleNamespace], None],
     name: str,
     geo: Geometry,
     inputs: Mapping[str, tuple[jax.Array, pl.BlockSpec]],
-    outputs: Mapping[str, tuple[tuple[int, ...], jnp.dtype, pl.BlockSpec]],
+    outputs: Outputs,
     scratch: Mapping[str, tuple[int, ...]],
     interpret,
 ) -> dict[str, jax.Array]:
@@ -237,9 +246,9 @@ def launch(
     arrays = [array for array, _ in inputs.values()]
     # Inside shard_map the results vary over the mesh axes over which the operands do.
     axes = jax.typeof(arrays[0]).manual_axis_type
-    blocks = [(math.prod(spec.block_shape), array.dtype) for array, spec in inputs.values()]
-    blocks += [(math.prod(spec.block_shape), dtype) for _, dtype, spec in outputs.values()]
-    vmem = 2 * sum(size * jnp.dtype(dtype).itemsize for size, dtype in blocks)
+    blocks = [(spec.block_shape, array.dtype) for array, spec in inputs.values()]
+    blocks += [(spec.block_shape, dtype) for _, dtype, spec in outputs.values()]
+    vmem = 2 * sum(_block_bytes(shape, dtype) for shape, dtype in blocks)
     vmem += sum(4 * math.prod(shape) for shape in scratch.values())
 
     def run(*arrays, interpret):

@@ -331,7 +331,8 @@ def steps(geo: Geometry, first, count: int, unroll: int, body, against: bool = F
 
 def lanes_of(block: jax.Array | int, tile: int):
     """The lanes of one lane tile of a block in an array in natural form."""
-    return pl.ds(pl.multiple_of(block * BLOCK + tile * LANES, LANES), LANES)
+    start = block * BLOCK + tile * LANES
+    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), LANES)
 
 
 def splat(ref, index) -> jax.Array:
