@@ -44,11 +44,17 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """Rates of a TPU chip. Slots are per cycle and core, a slot is 1024 float32 results."""
+    """Rates of a TPU chip.
+
+    Attributes:
+        chip: clock, cores and memory.
+        valu_slots: of the vector ALU, per cycle and core; a slot is 1024 float32 results.
+        exp_slots: slots of the exponential unit, one a cycle, that 1024 exponentials fill.
+    """
 
     chip: Chip
     valu_slots: int
-    eup_slots: int = 1
+    exp_slots: int
 
     @property
     def hbm_gb(self) -> float:
@@ -71,8 +77,8 @@ _GPUS = {
     "A100 80GB PCIe": Gpu(108, 1.41, 64, 16, 1935, "NVIDIA A100 data sheet"),
 }
 
-# Slots: the resource lines of libtpu's bundle dumps.
-_TPUS = {name: Tpu(chip, 2 if name == "v4" else 4) for name, chip in CHIPS.items()}
+# Slots: the resource lines of libtpu's bundle dumps; an exponential of v4 is two there.
+_TPUS = {name: Tpu(chip, *((2, 2) if name == "v4" else (4, 1))) for name, chip in CHIPS.items()}
 
 TPU_GENERATIONS = tuple(_TPUS)
 
@@ -154,7 +160,7 @@ def floor(rates: Gpu | Tpu, shape: Shape, setting: Setting, direction: str) -> F
         by_resource["issue"] = (fp32 + exponentials) / (clock * 128)
     else:
         clock = rates.chip.cores * rates.chip.clock * 1e9 * 1024
-        by_resource["EUP"] = exponentials / (clock * rates.eup_slots)
+        by_resource["EUP"] = exponentials * rates.exp_slots / clock
         by_resource["VALU"] = steps * N * (18 if backward else 7) / (clock * rates.valu_slots)
     by_resource = {name: 1e3 * seconds for name, seconds in by_resource.items()}
     resource = max(by_resource, key=lambda name: by_resource[name])

@@ -158,7 +158,7 @@ def _of_user(source: str, shape: Shape, setting: Setting, backward: bool, genera
         raise NoKernel("compiles to no Pallas kernel with exponentials in a loop")
     kernel = with_exponentials[-1]
     hot = kernel.hot_loop()
-    per = hot.slots["EUP"]
+    per = hot.slots["EUP"] / floors.tpu_rates(generation).exp_slots
     return kernel, tpu_cost.ScanCost(
         kernel=kernel.name,
         bundles=hot.bundles / per,
