@@ -323,6 +323,10 @@ def scan_cost(kernel: Kernel, generation: str, state: int = 16) -> ScanCost:
     # The recurrence has as many exponentials as there are states and positions.
     hot = [loop for loop in kernel.innermost() if loop.slots["EUP"] >= 8 * state]
     around = [loop for loop in kernel.loops if all(inner.inside(loop) for inner in hot)]
+    if len(around) < 2:
+        raise ValueError(
+            f"{kernel.name} has one block of channels in a grid step: nothing to count"
+        )
     block, *outer = sorted(around, key=lambda loop: loop.bundles)
     executed = kernel.executed(block)
     recurrence = sum(

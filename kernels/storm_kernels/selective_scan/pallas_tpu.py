@@ -52,6 +52,9 @@ def pallas_tpu_scan(call: ScanCall, *, interpret=None) -> tuple[jax.Array, jax.A
     tests. What decides is where the program is lowered to, so that one compiled ahead of time for
     a TPU on a host without one is the real one. Gradients are the same bits from run to run.
 
+    Inside `jax.shard_map` interpreting needs `check_vma=False`, as JAX's interpreter mixes operands
+    that vary over the mesh with buffers that do not; compiled for a TPU it works either way.
+
     Layout "bdl" is transposed by XLA before and after: on TPUs the fast layout is "bld".
     `ScanCall.chunk_size` is not used: the spans are what fits VMEM.
 
