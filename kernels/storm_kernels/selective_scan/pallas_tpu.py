@@ -55,6 +55,9 @@ def pallas_tpu_scan(call: ScanCall, *, interpret=None) -> tuple[jax.Array, jax.A
     Inside `jax.shard_map` interpreting needs `check_vma=False`, as JAX's interpreter mixes operands
     that vary over the mesh with buffers that do not; compiled for a TPU it works either way.
 
+    float16 operands become float32 arrays first (Mosaic loads no float16); bfloat16 and float32
+    are read as they are.
+
     Layout "bdl" is transposed by XLA before and after: on TPUs the fast layout is "bld".
     `ScanCall.chunk_size` is not used: the spans are what fits VMEM.
 
@@ -77,7 +80,11 @@ def pallas_tpu_scan(call: ScanCall, *, interpret=None) -> tuple[jax.Array, jax.A
         )
     if call.layout == "bdl":
         return _in_layout_bdl(call, interpret)
-    call = promote_varying(call)
+    if call.output_dtype == jnp.float16:
+        wide = dataclasses.replace(call, output_dtype=jnp.dtype(jnp.float32))
+        y, h = pallas_tpu_scan(wide, interpret=interpret)
+        return y.astype(jnp.float16), h
+    call = _without_float16(promote_varying(call))
     valid, restart = None, None
     if call.segment_ids is not None:
         valid, restart = segment_marks(call.segment_ids, call.reverse)
@@ -104,6 +111,15 @@ def pallas_tpu_scan(call: ScanCall, *, interpret=None) -> tuple[jax.Array, jax.A
         delta_bias=None if call.delta_bias is None else call.delta_bias[None],
     )
     return _scan(static, arrays)
+
+
+def _without_float16(call: ScanCall) -> ScanCall:
+    def wide(x):
+        return x.astype(jnp.float32) if x is not None and x.dtype == jnp.float16 else x
+
+    return dataclasses.replace(
+        call, u=wide(call.u), delta=wide(call.delta), z=wide(call.z), B=wide(call.B), C=wide(call.C)
+    )
 
 
 def _in_layout_bdl(call: ScanCall, interpret) -> tuple[jax.Array, jax.Array]:
