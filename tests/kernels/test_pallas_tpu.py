@@ -17,7 +17,12 @@ from tests.kernels.scan_cases import QUICK_COMPILE, inputs
 from tests.kernels.scan_oracle import oracle
 
 TPU = "pallas_tpu"
-slow = pytest.mark.slow
+
+
+def slow(test):
+    return pytest.mark.slow(pytest.mark.exhaustive(test))
+
+
 quick = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 
 

@@ -11,14 +11,24 @@ needs_libtpu = pytest.mark.skipif(
 )
 pytestmark = [needs_libtpu, pytest.mark.slow]
 GENERATIONS = tuple(tpu_cost.TOPOLOGIES)
+exhaustive = pytest.mark.exhaustive
 LONG = {"batch": 1, "length": 65536, "channels": 2304, "state": 16}
 WIDE = {"batch": 1, "length": 32768, "channels": 7168, "state": 16}
 SMALL_ODD = {"batch": 2, "length": 77, "channels": 130, "state": 5}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("sizes", [LONG, WIDE, SMALL_ODD], ids=["long", "wide", "small"])
+@pytest.mark.parametrize(
+    "sizes,dtype",
+    [
+        pytest.param(WIDE, "bfloat16", id="wide-bfloat16"),
+        pytest.param(WIDE, "float32", id="wide-float32", marks=exhaustive),
+        pytest.param(LONG, "bfloat16", id="long-bfloat16", marks=exhaustive),
+        pytest.param(LONG, "float32", id="long-float32", marks=exhaustive),
+        pytest.param(SMALL_ODD, "bfloat16", id="small-bfloat16", marks=exhaustive),
+        pytest.param(SMALL_ODD, "float32", id="small-float32", marks=exhaustive),
+    ],
+)
 def test_compiles_forward_and_backward(generation, dtype, sizes):
     program = tpu_cost.scan_program(**sizes, dtype=dtype, fused=True, backward=True)
     kernels = tpu_cost.compile_and_count(program, generation)
@@ -33,6 +43,7 @@ def cost(generation, fused, backward):
     return tpu_cost.scan_cost(tpu_cost.compile_and_count(program, generation)[-1], generation)
 
 
+@exhaustive
 @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
 def test_forward_bundles(generation):
     plain, fused = cost(generation, False, False), cost(generation, True, False)
@@ -43,6 +54,7 @@ def test_forward_bundles(generation):
     assert max(plain.spills, fused.spills) <= FORWARD_SPILLS
 
 
+@exhaustive
 @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
 def test_backward_bundles(generation):
     plain, fused = cost(generation, False, True), cost(generation, True, True)

@@ -52,6 +52,7 @@ def memory_at_hand():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("implementation", scan_suite.FAST)
 @pytest.mark.parametrize("layout", ["bld", "bdl"])
 @pytest.mark.parametrize("gradients", [False, True])
