@@ -114,12 +114,12 @@ def pallas_tpu_scan(call: ScanCall, *, interpret=None) -> tuple[jax.Array, jax.A
 
 
 def _without_float16(call: ScanCall) -> ScanCall:
-    def wide(x):
-        return x.astype(jnp.float32) if x is not None and x.dtype == jnp.float16 else x
+    def wide(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
-    return dataclasses.replace(
-        call, u=wide(call.u), delta=wide(call.delta), z=wide(call.z), B=wide(call.B), C=wide(call.C)
-    )
+    z = None if call.z is None else wide(call.z)
+    u, delta, B, C = wide(call.u), wide(call.delta), wide(call.B), wide(call.C)
+    return dataclasses.replace(call, u=u, delta=delta, B=B, C=C, z=z)
 
 
 def _in_layout_bdl(call: ScanCall, interpret) -> tuple[jax.Array, jax.Array]:
