@@ -1,18 +1,22 @@
 """Second kernel of the GPU scan's backward, in Gluon: all gradients of one segment.
 
-A program owns a segment of T = K * LANES steps and a block of channels of one group, CHANNELS of
-which it works on at a time. Its warps share the states: each takes STATES of them for all
-channels. That settles the two kinds of sums without atomics and almost without communication:
+A program owns a segment of T = K * LANES steps and a block of channels of one group. It works on
+WARPS parties of CHANNELS channels at a time, and its warps share the states: each takes STATES of
+them for all channels. That settles the two kinds of sums without atomics:
 
-- dB and dC, over the channels: accumulated in registers from one group of channels to the next,
-- du, d delta and y, over the states: in registers over a warp's states, then over the warps
-  through shared memory, once a channel.
+- dB and dC, over the channels: accumulated in a warp's registers from party to party,
+- du, d delta and y, over the states: the parties go around. Every warp works on another party,
+  adds its states to the sums so far and hands them, through shared memory, to the warp that takes
+  the party next. After WARPS turns a party's sums are complete, in registers of the warp that
+  owns it.
 
-The elementwise part (softplus, gates, their derivatives) is done once for each channel and step,
-spread over all threads, and handed to the warps through shared memory. The states are recomputed
-from the saved ones and the adjoint from its edges, both by the scan of `gluon_forward`; the two
-chains run side by side. y before the gate is recomputed too, which makes dz exact and saves its
-memory.
+The owner does the elementwise part (softplus, gates, their derivatives) for its party before the
+first turn and after the last. The states are recomputed from the saved ones and the adjoint from
+its edges, both by the scan of `gluon_forward`; the two chains run side by side. y before the gate
+is recomputed too, which makes dz exact and saves its memory.
+
+Which party a warp takes differs from warp to warp, and a shared memory descriptor's index may not,
+says Gluon; but it is a register of each thread like any other. `_warp` gives one.
 """
 
 from triton.experimental import gluon
@@ -25,19 +29,24 @@ from storm_kernels.selective_scan.gluon_lanes import (
     exp2,
     exp_minus_abs,
     in_order,
-    lane_scan,
-    lane_shift,
+    keep,
     lane_sum,
     load_marks,
-    onward,
     ordered,
     peel,
+    row_layout,
     sigmoid,
     softplus,
     softplus_slope,
+    steps_of,
     tile_layout,
     unless,
     wrap,
+)
+
+# Triton 3.9 renamed it.
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or (
+    gl.shared_memory_descriptor._reinterpret
 )
 
 
@@ -48,12 +57,15 @@ def _cube(lanes, channels, warps):
 
 
 @gluon.constexpr_function
-def _steps(steps, lanes, channels, warps):
-    """[channels, lanes, steps], the same in every warp."""
+def _party(steps, lanes, channels, warps):
+    """[channels, steps / 4, lanes, 4] of the party that a warp looks at."""
     return gl.SliceLayout(
         0,
-        gl.BlockedLayout([1, 1, 1, steps], [1, channels, lanes, 1], [warps, 1, 1, 1], [3, 2, 1, 0]),
-    )
+        gl.BlockedLayout(
+            [1, 1, steps // 4, 1, 4], [1, channels, 1, lanes, 1], [warps, 1, 1, 1, 1],
+            [4, 3, 2, 1, 0],
+        ),
+    )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -69,20 +81,43 @@ def _coefficients(steps, lanes, channels, warps):
 
 
 @gluon.constexpr_function
-def _points(steps, channels, warps):
-    """[warps, channels, T]: the warps' sums in registers, channels and steps over the threads."""
-    return gl.BlockedLayout(
-        [warps, 1, steps // warps], [1, 1, 32], [1, channels, warps // channels], [2, 1, 0]
-    )
+def _levels(lanes):
+    return lanes.bit_length() - 1
+
+
+@gluon.constexpr_function
+def _padded(states):
+    """The next power of two."""
+    return 1 << (states - 1).bit_length()
 
 
 @gluon.jit
-def _read_steps(
-    memory, K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr
-):
-    """Shared [CHANNELS, LANES, K] -> K tensors [1, CHANNELS, LANES]."""
+def _warp():
+    """The number of a thread's warp, as a scalar that differs between warps."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", "=r", [],
+        dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _in_cube(x, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr):
+    """[rows, lanes] -> [warps, channels, lanes]."""
     cube: gl.constexpr = _cube(LANES, CHANNELS, WARPS)
-    x = peel(memory.load(_steps(K, LANES, CHANNELS, WARPS)), gl.SliceLayout(0, cube))
+    return gl.convert_layout(gl.reshape(x, [WARPS, CHANNELS, LANES]), cube, assert_trivial=True)
+
+
+@gluon.jit
+def _read_party(
+    memory, party,
+    K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Number `party` of shared [rows, K / 4, LANES, 4] -> K tensors [1, CHANNELS, LANES]."""
+    cube: gl.constexpr = _cube(LANES, CHANNELS, WARPS)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    parties = _reinterpret(memory, gl.float32, [WARPS, CHANNELS, K // 4, LANES, 4], plain)
+    x = parties.index(party).load(_party(K, LANES, CHANNELS, WARPS))
+    x = peel(gl.reshape(gl.permute(x, (0, 2, 1, 3)), [CHANNELS, LANES, K]), gl.SliceLayout(0, cube))
     out = ()
     for k in gl.static_range(0, K):
         out = out + (gl.expand_dims(x[k], 0),)
@@ -104,74 +139,323 @@ def _read_coefficients(
 
 
 @gluon.jit
-def _write_steps(
+def _write_rows(
     memory, steps,
     K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """K tensors [WARPS, CHANNELS, LANES] -> shared [WARPS * CHANNELS, LANES, K]."""
+    """K tensors [rows, lanes] or [warps, channels, lanes] -> shared [rows, K / 4, LANES, 4]."""
+    ROWS: gl.constexpr = WARPS * CHANNELS
     rows = ()
     for k in gl.static_range(0, K):
-        rows = rows + (gl.reshape(steps[k], [WARPS * CHANNELS, LANES]),)
-    memory.store(wrap(rows, K, tile_layout(K, LANES, CHANNELS, WARPS)))
+        rows = rows + (gl.reshape(steps[k], [ROWS, LANES]),)
+    x = wrap(rows, K, tile_layout(K, LANES, CHANNELS, WARPS))
+    x = gl.permute(gl.reshape(x, [ROWS, LANES, K // 4, 4]), (0, 2, 1, 3))
+    memory.store(x)
+
+
+@gluon.constexpr_function
+def _enter_assembly(levels, reverse, restarts):
+    """The states with which the lanes are entered, the scan's and the adjoint's, side by side."""
+    lanes = 1 << levels
+    directions = ("down", "up") if reverse else ("up", "down")
+    lines = ["{ .reg .pred q; .reg .f32 t;"]
+
+    def shuffle(i, source, distance):
+        bound = (32 - lanes) << 8 | (31 if directions[i] == "down" else 0)
+        lines.append(
+            f"shfl.sync.{directions[i]}.b32 t|q, {source}, {distance}, {bound}, 0xffffffff;"
+        )
+
+    for i in range(2):
+        shuffle(i, f"${2 + i}", 1)
+        lines.append(f"selp.f32 ${i}, t, ${4 + i}, q;")
+    for level in range(levels):
+        for i in range(2):
+            decay = f"${6 + i * levels + level}"
+            shuffle(i, f"${i}", 1 << level)
+            if restarts:  # zero times an infinite state would be no number
+                lines.append(f"setp.neu.and.f32 q, {decay}, 0f00000000, q;")
+            lines.append(f"@q fma.rn.f32 ${i}, {decay}, t, ${i};")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _enter_constraints(levels):
+    return "=&f,=&f" + ",f" * (4 + 2 * levels)
 
 
 @gluon.jit
-def _load_points(
-    u, delta, dy, z, batch, channel, end_channel, place,
-    E: gl.constexpr, L: gl.constexpr, HAS_Z: gl.constexpr, WHOLE: gl.constexpr,
-):  # fmt: skip
-    """u, delta, dy and z [CHANNELS, T] as they are in memory, zero where there is none."""
-    row = (batch * E + channel) * L + place
-    there = (channel < end_channel) & (place < L)
-    pointers = (u, delta, dy)
-    if HAS_Z:
-        pointers = (u, delta, dy, z)
+def _enter(
+    h, q, h_in, q_in, decays, LANES: gl.constexpr, REVERSE: gl.constexpr, RESTARTS: gl.constexpr
+):
+    """The state before a lane's first step, and the adjoint after its last.
+
+    Args:
+        h, q: what a lane's steps make of zero.
+        h_in, q_in: what the first lane (the last) is entered with.
+        decays: of the 1, 2, 4 ... lanes before a lane, then of those after it. Where one is zero
+            nothing from beyond is looked at, be it infinite (RESTARTS).
+    """
+    LEVELS: gl.constexpr = _levels(LANES)
+    operands = [h, q, h_in, q_in]
+    if LEVELS == 2:
+        operands = [h, q, h_in, q_in, decays[0], decays[1], decays[2], decays[3]]
+    if LEVELS == 3:
+        operands = [
+            h, q, h_in, q_in, decays[0], decays[1], decays[2], decays[3], decays[4], decays[5],
+        ]  # fmt: skip
+    if LEVELS == 4:
+        operands = [
+            h, q, h_in, q_in, decays[0], decays[1], decays[2], decays[3], decays[4], decays[5],
+            decays[6], decays[7],
+        ]  # fmt: skip
+    return gl.inline_asm_elementwise(
+        _enter_assembly(LEVELS, REVERSE, RESTARTS), _enter_constraints(LEVELS), operands,
+        dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _pin_constraints(count):
+    return ",".join(["=f"] * count + [str(i) for i in range(count)])
+
+
+@gluon.constexpr_function
+def _floats(count):
+    return (gl.float32,) * count
+
+
+@gluon.jit
+def _pinned(steps, K: gl.constexpr):
+    """K tensors, computed here and not later.
+
+    What is only needed at the end of a loop LLVM computes there, and keeps all that goes into it
+    in registers until then.
+    """
+    return gl.inline_asm_elementwise(
+        "// pinned", _pin_constraints(K), steps, dtype=_floats(K), is_pure=False, pack=1
+    )
+
+
+@gluon.constexpr_function
+def _far_assembly(lanes, distance, direction):
+    bound = (32 - lanes) << 8 | (31 if direction == "down" else 0)
+    return f"shfl.sync.{direction}.b32 $0, $1, {distance}, {bound}, 0xffffffff;"
+
+
+@gluon.constexpr_function
+def _side(back, reverse):
+    return "down" if bool(reverse) != bool(back) else "up"
+
+
+@gluon.jit
+def _spans(x, LANES: gl.constexpr, REVERSE: gl.constexpr):
+    """Sums of x over the 1, 2, 4 ... lanes before a lane, then over those after it.
+
+    A lane with fewer gets anything finite.
+    """
     out = ()
-    for i in gl.static_range(0, 4 if HAS_Z else 3):
-        if WHOLE:
-            out = out + (gl.load(pointers[i] + row),)
-        else:
-            out = out + (gl.load(pointers[i] + row, mask=there, other=0.0),)
+    for back in gl.static_range(0, 2):
+        span = gl.inline_asm_elementwise(
+            _far_assembly(LANES, 1, _side(back, REVERSE)), "=f,f", [x],
+            dtype=gl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        out = out + (span,)
+        for level in gl.static_range(1, _levels(LANES)):
+            span = span + gl.inline_asm_elementwise(
+                _far_assembly(LANES, 1 << (level - 1), _side(back, REVERSE)), "=f,f", [span],
+                dtype=gl.float32, is_pure=True, pack=1,
+            )  # fmt: skip
+            out = out + (span,)
     return out
+
+
+@gluon.constexpr_function
+def _four_sums_assembly(lanes):
+    half, quarter = lanes // 2, lanes // 4
+    lines = [
+        "{ .reg .pred p, r; .reg .u32 l; .reg .f32 a, b, c, d;",
+        f"and.b32 l, $5, {half}; setp.ne.u32 p, l, 0;",
+        f"and.b32 l, $5, {quarter}; setp.ne.u32 r, l, 0;",
+        "selp.f32 a, $3, $1, p; selp.f32 b, $4, $2, p;",
+        "selp.f32 c, $1, $3, p; selp.f32 d, $2, $4, p;",
+        f"shfl.sync.bfly.b32 c, c, {half}, 31, 0xffffffff; add.f32 a, a, c;",
+        f"shfl.sync.bfly.b32 d, d, {half}, 31, 0xffffffff; add.f32 b, b, d;",
+        "selp.f32 c, b, a, r; selp.f32 d, a, b, r;",
+        f"shfl.sync.bfly.b32 d, d, {quarter}, 31, 0xffffffff; add.f32 $0, c, d;",
+    ]
+    distance = quarter // 2
+    while distance:
+        lines.append(f"shfl.sync.bfly.b32 d, $0, {distance}, 31, 0xffffffff; add.f32 $0, $0, d;")
+        distance //= 2
+    return "\n".join([*lines, "}"])
+
+
+@gluon.jit
+def _four_sums(x, lane, LANES: gl.constexpr):
+    """The sums of four tensors over the lanes of a row: lane i has that of number 4 i // LANES."""
+    return gl.inline_asm_elementwise(
+        _four_sums_assembly(LANES), "=&f,f,f,f,f,r", [x[0], x[1], x[2], x[3], lane],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load_rows(
+    pointer, place, there, WHOLE: gl.constexpr,
+    LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """A party's operand, K float32 tensors [rows, lanes].
+
+    One offset serves all operands and is added last: a sum of pointer and lane would stay in two
+    registers of each thread, for every operand.
+    """
+    if WHOLE:
+        x = gl.load(pointer + place)
+    else:
+        x = gl.load(pointer + place, mask=there, other=0.0)
+    return steps_of(x, LANES, CHANNELS, WARPS)
+
+
+@gluon.jit
+def _store_rows(
+    pointer, place, there, steps, WHOLE: gl.constexpr,
+    K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """K float32 tensors [rows, lanes], rounded, to where `_load_rows` reads."""
+    x = wrap(steps, K, tile_layout(K, LANES, CHANNELS, WARPS)).to(pointer.dtype.element_ty)
+    if WHOLE:
+        gl.store(pointer + place, x)
+    else:
+        gl.store(pointer + place, x, mask=there)
 
 
 @gluon.jit
 def _load_states(
-    A2, saved, edges, segment, channel, end_channel, warp,
-    E: gl.constexpr, N: gl.constexpr, STATES: gl.constexpr,
+    source, place, there, EVERY: gl.constexpr, SP: gl.constexpr,
+    LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """For each of a warp's states A, the state coming in and the adjoint coming in, [W, C, 1]."""
+    """A warp's states of a party from [.., E, N]: SP tensors [warps, channels, lanes]."""
+    if EVERY:
+        x = gl.load(source + place)
+    else:
+        x = gl.load(source + place, mask=there, other=0.0)
+    if SP == 1:
+        rows = (gl.reshape(x, [WARPS * CHANNELS, LANES]),)
+    else:
+        rows = peel(x, row_layout(LANES, CHANNELS, WARPS))
     out = ()
-    for j in gl.static_range(0, STATES):
-        n = warp * STATES + j
-        there = (channel < end_channel) & (n < N)
-        place = (segment * E + channel) * N + n
-        a = gl.load(A2 + channel * N + n, mask=there, other=0.0)
-        h = gl.load(saved + place, mask=there, other=0.0)
-        q = gl.load(edges + place, mask=there, other=0.0)
-        out = out + (a, h, q)
+    for j in gl.static_range(0, SP):
+        out = out + (_in_cube(rows[j], LANES, CHANNELS, WARPS),)
     return out
 
 
 @gluon.jit
-def _store_sums(
-    target, x, segment, first_channel, end_channel,
-    E: gl.constexpr, T: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+def _turn(
+    dts, xs, dys, ys, dxs, exponents, dBs, dCs, As, hs, qs, coefficients, restart, lane3, zero,
+    RESTARTS: gl.constexpr, REVERSE: gl.constexpr, HAS_Z: gl.constexpr, STATES: gl.constexpr,
+    K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Sums [CHANNELS, T] over the steps of each warp, without a word between the warps."""
-    PARTS: gl.constexpr = WARPS // CHANNELS
-    sums = gl.sum(gl.reshape(x, [CHANNELS, PARTS, T // PARTS]), 2)
-    layout: gl.constexpr = sums.type.layout
-    channel = gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, layout)) + first_channel
-    channel = gl.expand_dims(channel, 1)
-    part = gl.expand_dims(gl.arange(0, PARTS, layout=gl.SliceLayout(0, layout)), 0)
-    place = (segment * PARTS + part) * E + channel
-    gl.store(target + place, sums, mask=(channel < end_channel) & (part >= 0))
+    """Each warp's states of one party.
+
+    Returns:
+        ys, dxs, exponents: with these states added. `exponents` are the gradients of dt * A2.
+        dBs, dCs: with these channels added.
+        dAs: four sums over a lane's steps; zeros where there are fewer states.
+    """
+    total = dts[0]
+    for k in gl.static_range(1, K):
+        total = total + dts[k]
+    spans = _spans(total, LANES, REVERSE)
+    if RESTARTS:
+        restarts = _spans(gl.where(restart != 0, 1.0, 0.0), LANES, REVERSE)
+    new_dBs = ()
+    new_dCs = ()
+    dAs = ()
+    for j in gl.static_range(0, STATES):
+        a = As[j]
+        B_n = _read_coefficients(coefficients.index(2 * j), K, LANES, CHANNELS, WARPS)
+        C_n = _read_coefficients(coefficients.index(2 * j + 1), K, LANES, CHANNELS, WARPS)
+        decays = ()
+        inflows = ()
+        for k in gl.static_range(0, K):
+            decays = decays + (exp2(dts[k] * a),)
+            inflows = inflows + (xs[k] * B_n[k],)
+        span_decays = ()
+        for i in gl.static_range(0, 2 * _levels(LANES)):
+            span_decay = exp2(spans[i] * a)
+            if RESTARTS:
+                span_decay = gl.where(restarts[i] > 0, 0.0, span_decay)
+            span_decays = span_decays + (span_decay,)
+        # Everything in the scan's order and in the adjoint's.
+        on_decays = ordered(decays, K, REVERSE)
+        on_inflows = ordered(inflows, K, REVERSE)
+        on_C = ordered(C_n, K, REVERSE)
+        on_dys = ordered(dys, K, REVERSE)
+        back_decays = ordered(decays, K, not REVERSE)
+        back_C = ordered(C_n, K, not REVERSE)
+        back_dys = ordered(dys, K, not REVERSE)
+        h = on_inflows[0]
+        q = back_decays[0] * (back_C[0] * back_dys[0])
+        q = unless(q, restart, in_order(0, K, not REVERSE), RESTARTS)
+        for step in gl.static_range(1, K):
+            h = unless(h, restart, in_order(step, K, REVERSE), RESTARTS)
+            h = on_decays[step] * h + on_inflows[step]
+            q = back_decays[step] * (back_C[step] * back_dys[step] + q)
+            q = unless(q, restart, in_order(step, K, not REVERSE), RESTARTS)
+        h, q = _enter(h, q, hs[j], qs[j], span_decays, LANES, REVERSE, RESTARTS)
+        # Forward again: the state before each step, y and dC.
+        before = ()
+        y_sums = ()
+        dC_sums = ()
+        on_ys = ordered(ys, K, REVERSE)
+        for step in gl.static_range(0, K):
+            h = unless(h, restart, in_order(step, K, REVERSE), RESTARTS)
+            before = before + (h,)
+            h = on_decays[step] * h + on_inflows[step]
+            if HAS_Z:
+                y_sums = y_sums + (h * on_C[step] + on_ys[step],)
+            else:
+                y_sums = y_sums + (zero,)
+            dC_sum = dCs[j * K + in_order(step, K, REVERSE)]
+            dC_sums = dC_sums + (h * on_dys[step] + dC_sum,)
+        ys = _pinned(ordered(y_sums, K, REVERSE), K)
+        new_dCs = new_dCs + _pinned(ordered(dC_sums, K, REVERSE), K)
+        # Back again: g, and with it all that is left.
+        dA_n = zero
+        dx_sums = ()
+        exponent_sums = ()
+        dB_sums = ()
+        back_B = ordered(B_n, K, not REVERSE)
+        back_xs = ordered(xs, K, not REVERSE)
+        back_dts = ordered(dts, K, not REVERSE)
+        back_dxs = ordered(dxs, K, not REVERSE)
+        back_exponents = ordered(exponents, K, not REVERSE)
+        for step in gl.static_range(0, K):
+            g = back_C[step] * back_dys[step] + q
+            dx_sums = dx_sums + (g * back_B[step] + back_dxs[step],)
+            dB_sum = dBs[j * K + in_order(step, K, not REVERSE)]
+            dB_sums = dB_sums + (g * back_xs[step] + dB_sum,)
+            q = unless(back_decays[step] * g, restart, in_order(step, K, not REVERSE), RESTARTS)
+            exponent = q * before[K - 1 - step]
+            exponent_sums = exponent_sums + (exponent * a + back_exponents[step],)
+            if step == 0:
+                dA_n = exponent * back_dts[step]
+            else:
+                dA_n = exponent * back_dts[step] + dA_n
+        dxs = _pinned(ordered(dx_sums, K, not REVERSE), K)
+        exponents = _pinned(ordered(exponent_sums, K, not REVERSE), K)
+        new_dBs = new_dBs + _pinned(ordered(dB_sums, K, not REVERSE), K)
+        dAs = dAs + (dA_n,)
+    for _ in gl.static_range(STATES, 4):
+        dAs = dAs + (zero,)
+    return ys, dxs, exponents, new_dBs, new_dCs, dAs
 
 
 @gluon.jit
 def _channels(
-    u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, results, restart,
+    u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
+    kept, restart,
     du, ddelta, dz, dA, dD, dbias, batch, tile, first_channel, end_channel,
     dBs, dCs,
     RESTARTS: gl.constexpr,
@@ -182,9 +466,14 @@ def _channels(
 ):  # fmt: skip
     """Works through the block's channels; returns the sums dBs and dCs over them."""
     T: gl.constexpr = K * LANES
-    FIRST: gl.constexpr = LANES - 1 if REVERSE else 0
+    ROWS: gl.constexpr = WARPS * CHANNELS
+    SP: gl.constexpr = _padded(STATES)
+    EVERY: gl.constexpr = WHOLE and N == STATES * WARPS and SP == STATES
     cube: gl.constexpr = _cube(LANES, CHANNELS, WARPS)
-    points: gl.constexpr = gl.SliceLayout(0, _points(K, CHANNELS, WARPS))
+    tiles: gl.constexpr = tile_layout(K, LANES, CHANNELS, WARPS)
+    flat: gl.constexpr = row_layout(LANES, CHANNELS, WARPS)
+    several: gl.constexpr = tile_layout(SP, LANES, CHANNELS, WARPS)
+    warp = _warp()
     warp3 = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, cube)))
     warp3 = gl.expand_dims(gl.expand_dims(warp3, 1), 2)
     part3 = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(2, cube)))
@@ -192,208 +481,194 @@ def _channels(
     lane3 = gl.arange(0, LANES, layout=gl.SliceLayout(0, gl.SliceLayout(1, cube)))
     lane3 = gl.expand_dims(gl.expand_dims(lane3, 0), 1)
     zero = (warp3 + part3 + lane3).to(gl.float32) * 0
-    part2 = gl.expand_dims(gl.arange(0, CHANNELS, layout=gl.SliceLayout(1, points)), 1)
-    step2 = gl.expand_dims(gl.arange(0, T, layout=gl.SliceLayout(0, points)), 0)
-    place2 = tile * T + step2
+    # Rows of whole tiles, rows and lanes, and rows, lanes and states.
+    row_t = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, tiles)))
+    row_t = gl.expand_dims(gl.expand_dims(row_t, 1), 2)
+    offset_t = gl.arange(0, LANES, layout=gl.SliceLayout(0, gl.SliceLayout(2, tiles)))
+    step_t = gl.arange(0, K, layout=gl.SliceLayout(0, gl.SliceLayout(1, tiles)))
+    offset_t = gl.expand_dims(gl.expand_dims(offset_t, 0), 2) * K
+    offset_t = offset_t + gl.expand_dims(gl.expand_dims(step_t, 0), 1)
+    row_f = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, flat)), 1)
+    lane_f = gl.expand_dims(gl.arange(0, LANES, layout=gl.SliceLayout(0, flat)), 0)
+    row_s = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, several)))
+    row_s = gl.expand_dims(gl.expand_dims(row_s, 1), 2)
+    lane_s = gl.arange(0, LANES, layout=gl.SliceLayout(0, gl.SliceLayout(2, several)))
+    lane_s = gl.expand_dims(gl.expand_dims(lane_s, 0), 2)
+    j_s = gl.arange(0, SP, layout=gl.SliceLayout(0, gl.SliceLayout(1, several)))
+    j_s = gl.expand_dims(gl.expand_dims(j_s, 0), 1)
+    n_s = (row_s // CHANNELS) * STATES + j_s + lane_s * 0
+    j3 = lane3 * 4 // LANES
     segment = batch * SEGMENTS + tile
-    ROUNDS: gl.constexpr = (BLOCK + CHANNELS - 1) // CHANNELS
-    # The next channels' operands are under way while these ones' states are worked on.
-    next_points = _load_points(
-        u, delta, dy, z, batch, first_channel + part2, end_channel, place2, E, L, HAS_Z, WHOLE
-    )
-    next_states = _load_states(
-        A2, saved, edges, segment, first_channel + part3, end_channel, warp3, E, N, STATES
-    )
-    for i in range(0, ROUNDS):
-        channel2 = first_channel + i * CHANNELS + part2
-        row = (batch * E + channel2) * L + place2
-        there = (channel2 < end_channel) & (place2 < L)
-        raw = next_points
-        states = next_states
-        following = first_channel + gl.minimum(i + 1, ROUNDS - 1) * CHANNELS
-        next_points = _load_points(
-            u, delta, dy, z, batch, following + part2, end_channel, place2, E, L, HAS_Z, WHOLE
-        )
-        next_states = _load_states(
-            A2, saved, edges, segment, following + part3, end_channel, warp3, E, N, STATES
-        )
-        u_p = raw[0].to(gl.float32)
-        delta_p = raw[1].to(gl.float32)
-        dy_p = raw[2].to(gl.float32)
+    first = tile * T
+    nothing = ()
+    for _ in gl.static_range(0, K):
+        nothing = nothing + (zero,)
+    for i in range(0, (BLOCK + ROWS - 1) // ROWS):
+        # The elementwise part of the warps' own parties.
+        owned = first_channel + i * ROWS
+        row = (batch * E + owned + row_t) * L + first
+        exists_t = owned + row_t < end_channel
+        channel_f = owned + row_f + lane_f * 0
+        exists_f = channel_f < end_channel
+        place_t = row + offset_t
+        there_t = exists_t & (first + offset_t < L)
+        us = _load_rows(u, place_t, there_t, WHOLE, LANES, CHANNELS, WARPS)
+        deltas = _load_rows(delta, place_t, there_t, WHOLE, LANES, CHANNELS, WARPS)
+        given = _load_rows(dy, place_t, there_t, WHOLE, LANES, CHANNELS, WARPS)
+        zs = given
         if HAS_Z:
-            z_p = raw[3].to(gl.float32)
-        valid = there
-        if RESTARTS:
-            mark = gl.load(marks + batch * L + place2, mask=place2 < L, other=0).to(gl.int32)
-            valid = there & (mark > 0)
-            delta_p = gl.where(valid, delta_p, 0.0)
-            u_p = gl.where(valid, u_p, 0.0)
-            dy_p = gl.where(valid, dy_p, 0.0)
-            if HAS_Z:
-                z_p = gl.where(valid, z_p, 0.0)
-        D_p = u_p * 0
-        if HAS_D:
-            D_p = gl.load(D + channel2 + step2 * 0, mask=channel2 < end_channel, other=0.0)
-        if HAS_BIAS:
-            delta_p = delta_p + gl.load(
-                bias + channel2 + step2 * 0, mask=channel2 < end_channel, other=0.0
-            )
-        dt_p = delta_p
-        slope_p = u_p * 0 + 1.0
-        if SOFTPLUS:
-            e_p = exp_minus_abs(delta_p)
-            dt_p = softplus(delta_p, e_p)
-            slope_p = softplus_slope(delta_p, e_p)
+            zs = _load_rows(z, place_t, there_t, WHOLE, LANES, CHANNELS, WARPS)
+        valid = exists_f.to(gl.int32) * 0
         if (not WHOLE) or RESTARTS:
-            dt_p = gl.where(valid, dt_p, 0.0)
-        gated_p = dy_p
-        if HAS_Z:
-            s_p = sigmoid(z_p)
-            gated_p = dy_p * (z_p * s_p)
-        operands.index(0).store(gl.reshape(dt_p, [CHANNELS, LANES, K]))
-        operands.index(1).store(gl.reshape(dt_p * u_p, [CHANNELS, LANES, K]))
-        operands.index(2).store(gl.reshape(gated_p, [CHANNELS, LANES, K]))
-
-        dts = _read_steps(operands.index(0), K, LANES, CHANNELS, WARPS)
-        xs = _read_steps(operands.index(1), K, LANES, CHANNELS, WARPS)
-        dys = _read_steps(operands.index(2), K, LANES, CHANNELS, WARPS)
-        total = dts[0]
-        for k in gl.static_range(1, K):
-            total = total + dts[k]
-        ys = ()
-        dxs = ()
-        exponents = ()  # the gradients of dt * A2, summed over the states
-        for _ in gl.static_range(0, K):
-            ys = ys + (zero,)
-            dxs = dxs + (zero,)
-            exponents = exponents + (zero,)
-        new_dBs = ()
-        new_dCs = ()
-        for j in gl.static_range(0, STATES):
-            n = warp3 * STATES + j
-            channel3 = first_channel + i * CHANNELS + part3
-            state = (channel3 < end_channel) & (n < N)
-            place = (segment * E + channel3) * N + n
-            a = states[3 * j]
-            h_in = states[3 * j + 1] + zero
-            q_in = states[3 * j + 2] + zero
-            B_n = _read_coefficients(coefficients.index(2 * j), K, LANES, CHANNELS, WARPS)
-            C_n = _read_coefficients(coefficients.index(2 * j + 1), K, LANES, CHANNELS, WARPS)
-            decays = ()
-            inflows = ()
             for k in gl.static_range(0, K):
-                decays = decays + (exp2(dts[k] * a),)
-                inflows = inflows + (xs[k] * B_n[k],)
-            total_decay = exp2(total * a)
-            if RESTARTS:
-                total_decay = gl.where(restart != 0, 0.0, total_decay)
-            # Everything in the scan's order and in the adjoint's.
-            on_decays = ordered(decays, K, REVERSE)
-            on_inflows = ordered(inflows, K, REVERSE)
-            on_C = ordered(C_n, K, REVERSE)
-            on_dys = ordered(dys, K, REVERSE)
-            back_decays = ordered(decays, K, not REVERSE)
-            back_C = ordered(C_n, K, not REVERSE)
-            back_dys = ordered(dys, K, not REVERSE)
-            h = gl.where(lane3 == FIRST, h_in, 0.0)
-            q = gl.where(lane3 == LANES - 1 - FIRST, q_in, 0.0)
-            for step in gl.static_range(0, K):
-                h = unless(h, restart, in_order(step, K, REVERSE), RESTARTS)
-                h = on_decays[step] * h + on_inflows[step]
-                q = back_decays[step] * (back_C[step] * back_dys[step] + q)
-                q = unless(q, restart, in_order(step, K, not REVERSE), RESTARTS)
-            h, q = lane_scan(
-                (h, q), (total_decay + zero, total_decay + zero), LANES, opposed(REVERSE), RESTARTS
-            )
-            h = lane_shift(h, h_in, LANES, onward(REVERSE))
-            q = lane_shift(q, q_in, LANES, onward(not REVERSE))
-            # Forward again: the state before each step, y and dC.
-            before = ()
-            y_sums = ()
-            dC_sums = ()
-            on_ys = ordered(ys, K, REVERSE)
-            for step in gl.static_range(0, K):
-                h = unless(h, restart, in_order(step, K, REVERSE), RESTARTS)
-                before = before + (h,)
-                h = on_decays[step] * h + on_inflows[step]
-                if HAS_Z:
-                    y_sums = y_sums + (h * on_C[step] + on_ys[step],)
-                else:
-                    y_sums = y_sums + (zero,)
-                dC_sum = dCs[j * K + in_order(step, K, REVERSE)]
-                dC_sums = dC_sums + (h * on_dys[step] + dC_sum,)
-            ys = ordered(y_sums, K, REVERSE)
-            new_dCs = new_dCs + ordered(dC_sums, K, REVERSE)
-            # Back again: g, and with it all that is left.
-            dA_n = zero
-            dx_sums = ()
-            exponent_sums = ()
-            dB_sums = ()
-            back_B = ordered(B_n, K, not REVERSE)
-            back_xs = ordered(xs, K, not REVERSE)
-            back_dts = ordered(dts, K, not REVERSE)
-            back_dxs = ordered(dxs, K, not REVERSE)
-            back_exponents = ordered(exponents, K, not REVERSE)
-            for step in gl.static_range(0, K):
-                g = back_C[step] * back_dys[step] + q
-                dx_sums = dx_sums + (g * back_B[step] + back_dxs[step],)
-                dB_sum = dBs[j * K + in_order(step, K, not REVERSE)]
-                dB_sums = dB_sums + (g * back_xs[step] + dB_sum,)
-                q = unless(back_decays[step] * g, restart, in_order(step, K, not REVERSE), RESTARTS)
-                exponent = q * before[K - 1 - step]
-                exponent_sums = exponent_sums + (exponent * a + back_exponents[step],)
-                dA_n = exponent * back_dts[step] + dA_n
-            dxs = ordered(dx_sums, K, not REVERSE)
-            exponents = ordered(exponent_sums, K, not REVERSE)
-            new_dBs = new_dBs + ordered(dB_sums, K, not REVERSE)
-            gl.store(dA + place + lane3 * 0, lane_sum(dA_n, LANES), mask=state & (lane3 == 0))
-        dBs = new_dBs
-        dCs = new_dCs
-
-        if HAS_Z:
-            _write_steps(results.index(0), ys, K, LANES, CHANNELS, WARPS)
-        _write_steps(results.index(1), dxs, K, LANES, CHANNELS, WARPS)
-        _write_steps(results.index(2), exponents, K, LANES, CHANNELS, WARPS)
-        cubes: gl.constexpr = _points(K, CHANNELS, WARPS)
-        dx_p = gl.sum(results.index(1).reshape([WARPS, CHANNELS, T]).load(cubes), 0)
-        exponent_p = gl.sum(results.index(2).reshape([WARPS, CHANNELS, T]).load(cubes), 0)
-        du_p = dx_p * dt_p + D_p * gated_p
-        ddelta_p = (dx_p * u_p + exponent_p * LN2) * slope_p
-        if (not WHOLE) or RESTARTS:
-            ddelta_p = gl.where(valid, ddelta_p, 0.0)
-        if HAS_Z:
-            y_p = gl.sum(results.index(0).reshape([WARPS, CHANNELS, T]).load(cubes), 0)
-            y_p = y_p + D_p * u_p
-            dz_p = dy_p * y_p * (s_p * (1.0 + z_p * (1.0 - s_p)))
-            if RESTARTS:
-                dz_p = gl.where(valid, dz_p, 0.0)  # an infinite state may pass through padding
-        if WHOLE:
-            gl.store(du + row, du_p.to(du.dtype.element_ty))
-            gl.store(ddelta + row, ddelta_p.to(ddelta.dtype.element_ty))
-            if HAS_Z:
-                gl.store(dz + row, dz_p.to(dz.dtype.element_ty))
-        else:
-            gl.store(du + row, du_p.to(du.dtype.element_ty), mask=there)
-            gl.store(ddelta + row, ddelta_p.to(ddelta.dtype.element_ty), mask=there)
-            if HAS_Z:
-                gl.store(dz + row, dz_p.to(dz.dtype.element_ty), mask=there)
+                inside = exists_f & (first + lane_f * K + k < L)
+                valid = valid | (inside.to(gl.int32) << k)
+        if RESTARTS:
+            mark_row = row * 0 + batch * L
+            marked, no_restarts = load_marks(marks, mark_row, first, L, K, LANES, CHANNELS, WARPS)
+            valid = valid & marked
+            us = keep(us, valid, K)
+            deltas = keep(deltas, valid, K)
+            given = keep(given, valid, K)
+            zs = keep(zs, valid, K)
+        D_c = lane_f.to(gl.float32) * 0
+        bias_c = D_c
         if HAS_D:
-            _store_sums(
-                dD, gated_p * u_p, segment, first_channel + i * CHANNELS, end_channel,
-                E, T, CHANNELS, WARPS,
-            )  # fmt: skip
+            D_c = gl.load(D + channel_f, mask=exists_f, other=0.0)
         if HAS_BIAS:
-            _store_sums(
-                dbias, ddelta_p, segment, first_channel + i * CHANNELS, end_channel,
-                E, T, CHANNELS, WARPS,
-            )  # fmt: skip
+            bias_c = gl.load(bias + channel_f, mask=exists_f, other=0.0)
+        dts = ()
+        xs = ()
+        dys = ()
+        slopes = ()
+        factors = ()
+        for k in gl.static_range(0, K):
+            delta_k = deltas[k]
+            if HAS_BIAS:
+                delta_k = delta_k + bias_c
+            dt = delta_k
+            slope = dt * 0 + 1.0
+            if SOFTPLUS:
+                e = exp_minus_abs(delta_k)
+                dt = softplus(delta_k, e)
+                slope = softplus_slope(delta_k, e)
+            dts = dts + (dt,)
+            slopes = slopes + (slope,)
+            gated = given[k]
+            factor = gated
+            if HAS_Z:
+                s = sigmoid(zs[k])
+                gated = given[k] * (zs[k] * s)
+                factor = given[k] * (s * (1.0 + zs[k] * (1.0 - s)))
+            dys = dys + (gated,)
+            factors = factors + (factor,)
+        if (not WHOLE) or RESTARTS:
+            dts = keep(dts, valid, K)
+        for k in gl.static_range(0, K):
+            xs = xs + (dts[k] * us[k],)
+        _write_rows(operands[0], dts, K, LANES, CHANNELS, WARPS)
+        _write_rows(operands[1], xs, K, LANES, CHANNELS, WARPS)
+        _write_rows(operands[2], dys, K, LANES, CHANNELS, WARPS)
+        _write_rows(kept[0], us, K, LANES, CHANNELS, WARPS)
+        if SOFTPLUS:
+            _write_rows(kept[1], slopes, K, LANES, CHANNELS, WARPS)
+        if HAS_Z:
+            _write_rows(kept[2], factors, K, LANES, CHANNELS, WARPS)
+            _write_rows(sums[2], nothing, K, LANES, CHANNELS, WARPS)
+        _write_rows(sums[0], nothing, K, LANES, CHANNELS, WARPS)
+        _write_rows(sums[1], nothing, K, LANES, CHANNELS, WARPS)
+
+        ys = nothing
+        dxs = nothing
+        exponents = nothing
+        for pair in range(0, WARPS // 2):
+            for half in gl.static_range(0, 2):
+                # In its last turn a warp has its own party.
+                turn = pair * 2 + half
+                party = (turn + 1) & (WARPS - 1)
+                giver = warp ^ ((turn ^ (turn + 1)) & (WARPS - 1))
+                channel_s = owned + ((row_s // CHANNELS) ^ party) * CHANNELS + row_s % CHANNELS
+                there = (channel_s < end_channel) & (n_s < N) & (j_s < STATES)
+                place_s = channel_s * N + n_s
+                As = _load_states(A2, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
+                place_s = segment * (E * N) + place_s
+                hs = _load_states(saved, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
+                qs = _load_states(edges, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
+                source = sums if half == 0 else even_sums
+                target = even_sums if half == 0 else sums
+                mine = warp ^ party
+                dxs = _read_party(source[0], giver, K, LANES, CHANNELS, WARPS)
+                exponents = _read_party(source[1], giver, K, LANES, CHANNELS, WARPS)
+                if HAS_Z:
+                    ys = _read_party(source[2], giver, K, LANES, CHANNELS, WARPS)
+                dts_t = _read_party(operands[0], mine, K, LANES, CHANNELS, WARPS)
+                xs_t = _read_party(operands[1], mine, K, LANES, CHANNELS, WARPS)
+                dys_t = _read_party(operands[2], mine, K, LANES, CHANNELS, WARPS)
+                ys, dxs, exponents, dBs, dCs, dAs = _turn(
+                    dts_t, xs_t, dys_t, ys, dxs, exponents, dBs, dCs, As, hs, qs, coefficients,
+                    restart, lane3, zero, RESTARTS, REVERSE, HAS_Z, STATES,
+                    K, LANES, CHANNELS, WARPS,
+                )  # fmt: skip
+                channel3 = owned + (warp3 ^ party) * CHANNELS + part3
+                n3 = warp3 * STATES + j3
+                place = (segment * E + channel3) * N + n3
+                here = (channel3 < end_channel) & (n3 < N) & (j3 < STATES)
+                here = here & (lane3 % (LANES // 4) == 0)
+                gl.store(dA + place, _four_sums(dAs, lane3, LANES), mask=here)
+                _write_rows(target[0], dxs, K, LANES, CHANNELS, WARPS)
+                _write_rows(target[1], exponents, K, LANES, CHANNELS, WARPS)
+                if HAS_Z:
+                    _write_rows(target[2], ys, K, LANES, CHANNELS, WARPS)
+
+        # The rest of the chain rule, of the warps' own parties.
+        dts = _read_party(operands[0], warp, K, LANES, CHANNELS, WARPS)
+        dys = _read_party(operands[2], warp, K, LANES, CHANNELS, WARPS)
+        us = _read_party(kept[0], warp, K, LANES, CHANNELS, WARPS)
+        slopes = us
+        factors = us
+        if SOFTPLUS:
+            slopes = _read_party(kept[1], warp, K, LANES, CHANNELS, WARPS)
+        if HAS_Z:
+            factors = _read_party(kept[2], warp, K, LANES, CHANNELS, WARPS)
+        D_3 = _in_cube(D_c + row_f * 0, LANES, CHANNELS, WARPS)
+        valid3 = _in_cube(valid, LANES, CHANNELS, WARPS)
+        dus = ()
+        ddeltas = ()
+        dzs = ()
+        dD_c = zero
+        dbias_c = zero
+        for k in gl.static_range(0, K):
+            du_k = dxs[k] * dts[k]
+            ddelta_k = dxs[k] * us[k] + exponents[k] * LN2
+            if SOFTPLUS:
+                ddelta_k = ddelta_k * slopes[k]
+            if (not WHOLE) or RESTARTS:
+                ddelta_k = gl.where((valid3 & (1 << k)) != 0, ddelta_k, 0.0)
+            if HAS_D:
+                du_k = D_3 * dys[k] + du_k
+                dD_c = dys[k] * us[k] + dD_c
+            dus = dus + (gl.reshape(du_k, [ROWS, LANES]),)
+            ddeltas = ddeltas + (gl.reshape(ddelta_k, [ROWS, LANES]),)
+            dbias_c = dbias_c + ddelta_k
+            if HAS_Z:
+                y = ys[k]
+                if HAS_D:
+                    y = D_3 * us[k] + y
+                dz_k = factors[k] * y
+                if RESTARTS:  # an infinite state may pass through padding
+                    dz_k = gl.where((valid3 & (1 << k)) != 0, dz_k, 0.0)
+                dzs = dzs + (gl.reshape(dz_k, [ROWS, LANES]),)
+        _store_rows(du, place_t, there_t, dus, WHOLE, K, LANES, CHANNELS, WARPS)
+        _store_rows(ddelta, place_t, there_t, ddeltas, WHOLE, K, LANES, CHANNELS, WARPS)
+        if HAS_Z:
+            _store_rows(dz, place_t, there_t, dzs, WHOLE, K, LANES, CHANNELS, WARPS)
+        own3 = owned + warp3 * CHANNELS + part3
+        last = (own3 < end_channel) & (lane3 == 0)
+        if HAS_D:
+            gl.store(dD + segment * E + own3 + lane3 * 0, lane_sum(dD_c, LANES), mask=last)
+        if HAS_BIAS:
+            gl.store(dbias + segment * E + own3 + lane3 * 0, lane_sum(dbias_c, LANES), mask=last)
     return dBs, dCs
-
-
-@gluon.constexpr_function
-def opposed(reverse):
-    """The directions of the scan and of its adjoint."""
-    return "down up" if reverse else "up down"
 
 
 @gluon.constexpr_function
@@ -427,14 +702,14 @@ def scan_backward(
         dBC: float32 [blocks, batch, groups, segments, NP, 2, K * LANES], to be summed over the
             channel blocks of a group.
         dA: float32 [batch, SEGMENTS, E, N], to be summed over batch and segments.
-        dD, dbias: float32 [batch, SEGMENTS, WARPS / CHANNELS, E], likewise.
+        dD, dbias: float32 [batch, SEGMENTS, E], likewise.
     """
     T: gl.constexpr = K * LANES
     TILES: gl.constexpr = (L + T - 1) // T
     PROGRAMS: gl.constexpr = (PER_GROUP + BLOCK - 1) // BLOCK  # a group
     GROUPS: gl.constexpr = E // PER_GROUP
     STATES: gl.constexpr = NP // WARPS
-    WHOLE: gl.constexpr = L % T == 0 and PER_GROUP % BLOCK == 0 and BLOCK % CHANNELS == 0
+    WHOLE: gl.constexpr = L % T == 0 and PER_GROUP % BLOCK == 0 and BLOCK % (WARPS * CHANNELS) == 0
     cube: gl.constexpr = _cube(LANES, CHANNELS, WARPS)
     copied: gl.constexpr = gl.BlockedLayout(
         [1, 1, 1, 4], [1, 32 // LANES, LANES, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0]
@@ -468,12 +743,17 @@ def scan_backward(
     for i in gl.static_range(0, STATES * 2):
         copy_to_shared(coefficients.index(i), source + i * T + place4, cache_modifier=".ca")
     async_copy.commit_group()
-    operands = gl.allocate_shared_memory(
-        gl.float32, [3, CHANNELS, LANES, K], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    )
-    results = gl.allocate_shared_memory(
-        gl.float32, [3, WARPS * CHANNELS, LANES, K], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    )
+    parties: gl.constexpr = [WARPS * CHANNELS, K // 4, LANES, 4]
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    operands = ()
+    sums = ()
+    even_sums = ()
+    kept = ()
+    for _ in gl.static_range(0, 3):  # in one, any two accesses would get a barrier between them
+        operands = operands + (gl.allocate_shared_memory(gl.float32, parties, plain),)
+        sums = sums + (gl.allocate_shared_memory(gl.float32, parties, plain),)
+        even_sums = even_sums + (gl.allocate_shared_memory(gl.float32, parties, plain),)
+        kept = kept + (gl.allocate_shared_memory(gl.float32, parties, plain),)
     async_copy.wait_group(0)
 
     warp3 = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, cube)))
@@ -502,23 +782,23 @@ def scan_backward(
                 gl.reshape(restart, [WARPS, CHANNELS, LANES]), cube, assert_trivial=True
             )
             dBs, dCs = _channels(
-                u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, results,
-                restart, du, ddelta, dz, dA, dD, dbias, batch, tile, first_channel, end_channel,
-                dBs, dCs, True, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
+                u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
+                kept, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
+                first_channel, end_channel, dBs, dCs, True, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
                 WHOLE, BLOCK, STATES, K, LANES, CHANNELS, WARPS,
             )  # fmt: skip
         else:
             dBs, dCs = _channels(
-                u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, results,
-                restart, du, ddelta, dz, dA, dD, dbias, batch, tile, first_channel, end_channel,
-                dBs, dCs, False, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
+                u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
+                kept, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
+                first_channel, end_channel, dBs, dCs, False, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
                 WHOLE, BLOCK, STATES, K, LANES, CHANNELS, WARPS,
             )  # fmt: skip
     else:
         dBs, dCs = _channels(
-            u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, results,
-            restart, du, ddelta, dz, dA, dD, dbias, batch, tile, first_channel, end_channel,
-            dBs, dCs, False, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
+            u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
+            kept, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
+            first_channel, end_channel, dBs, dCs, False, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
             WHOLE, BLOCK, STATES, K, LANES, CHANNELS, WARPS,
         )  # fmt: skip
 
