@@ -320,8 +320,9 @@ def scan_cost(kernel: Kernel, generation: str, state: int = 16) -> ScanCost:
     """
     per_step = SPANS[generation] * state
     positions = SPANS[generation] * (1 if "backward" in kernel.name else 2)
-    # The recurrence has as many exponentials as there are states and positions.
-    hot = [loop for loop in kernel.innermost() if loop.slots["EUP"] >= 8 * state]
+    # The recurrence has as many exponentials as there are states and positions: 8 states of 8
+    # positions in the smallest of its loops.
+    hot = [loop for loop in kernel.innermost() if loop.slots["EUP"] >= 4 * state]
     around = [loop for loop in kernel.loops if all(inner.inside(loop) for inner in hot)]
     if len(around) < 2:
         raise ValueError(

@@ -14,6 +14,7 @@ The sums over n are additions of registers. Those over channels, dB and dC, are 
 registers, added over sublanes once 16 positions are done and over lanes once a span is.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -32,7 +33,8 @@ from storm_kernels.selective_scan.pallas_tpu_operands import (
 from storm_kernels.selective_scan.pallas_tpu_tiles import BLOCK, LANES, PITCH, TILES, Geometry
 
 _TIME_BLOCK = 64
-_STRETCH = 16  # positions whose products are in VMEM at once
+_HELD = 8  # states whose gradients are in registers at once
+_UNROLL = 8  # positions of them
 
 
 def backward(
@@ -51,7 +53,13 @@ def backward(
         The gradients of the arrays, in their dtypes; those of A, D and delta_bias float32 with one
         row per batch row, None for what is not differentiated.
     """
-    arrays = operands.arrays
+    # The kernel returns some sums over channels times C, and some over positions times A.
+    arrays = dataclasses.replace(
+        operands.arrays,
+        A=tiles.away_from_zero(operands.arrays.A.astype(jnp.float32)),
+        C=tiles.away_from_zero(operands.arrays.C),
+    )
+    operands = dataclasses.replace(operands, arrays=arrays)
     streams = {"du": arrays.u, "ddelta": arrays.delta}
     if arrays.z is not None:
         streams["dz"] = arrays.z
@@ -84,7 +92,6 @@ def backward(
         "dA_rows": tiles.rows_scratch(geo.blocks * geo.rows),
         "h": tiles.rows_scratch(geo.rows),
         "history": ((geo.span + 1) * geo.used * TILES, LANES),
-        "through": (_STRETCH * geo.used * TILES, LANES),
         "B_rows": tiles.columns_scratch(geo, geo.used),
         "C_rows": tiles.columns_scratch(geo, geo.used),
         "dt_rows": tiles.rows_scratch(geo.span),
@@ -92,15 +99,15 @@ def backward(
         "dy_rows": tiles.rows_scratch(geo.span),
         "dx_rows": tiles.rows_scratch(geo.span),
         "ddt_rows": tiles.rows_scratch(geo.span),
-        "dB_parts": tiles.rows_scratch(_STRETCH * geo.rows),
-        "dC_parts": tiles.rows_scratch(_STRETCH * geo.rows),
+        "slope_rows": tiles.rows_scratch(geo.span),
+        "dB_parts": tiles.rows_scratch(_stretch(geo) * geo.rows),
+        "dC_parts": tiles.rows_scratch(_stretch(geo) * geo.rows),
         "dB_sums": (geo.span * geo.rows, LANES),
         "dC_sums": (geo.span * geo.rows, LANES),
     }
     if arrays.z is not None:
         scratch["y_rows"] = tiles.rows_scratch(geo.span)
-    if geo.softplus:
-        scratch["slope_rows"] = tiles.rows_scratch(geo.span)
+        scratch["gate_rows"] = tiles.rows_scratch(geo.span)
     if geo.marked:
         scratch["mark_rows"] = tiles.columns_scratch(geo, 2)
     results = launch(_kernel, "selective_scan_backward", geo, inputs, outputs, scratch, interpret)
@@ -125,6 +132,8 @@ def _gradients(operands: Operands, geo: Geometry, results: dict[str, jax.Array])
             x = jnp.where(arrays.valid[:, :, None, None], x, 0)
         return x.astype(like.dtype)
 
+    A, C = (x.astype(jnp.float32) for x in (arrays.A, arrays.C))
+
     def vector(name):
         if name not in results:
             return None
@@ -134,12 +143,12 @@ def _gradients(operands: Operands, geo: Geometry, results: dict[str, jax.Array])
         u=stream("du"),
         delta=stream("ddelta"),
         B=column(results["dB"], arrays.B),
-        C=column(results["dC"], arrays.C),
+        C=(column(results["dC"], C) / C).astype(arrays.C.dtype),
         z=stream("dz") if "dz" in results else None,
         initial_state=operands.state_out(results["dinitial"]),
         valid=None,
         restart=None,
-        A=operands.state_out(results["dA"]),
+        A=operands.state_out(results["dA"]) / (A * tiles.LOG2_E),
         D=vector("dD"),
         delta_bias=vector("ddelta_bias"),
     )
@@ -238,7 +247,7 @@ class _Inside:
 
 
 def _before(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None:
-    """dt and its slope, dt * u and the gradient of y before the gate, in row form."""
+    """dt, dt * u and the gradient of y before the gate, in row form, and slopes for `_after`."""
     view = tiles.views(geo, r, first, block)
 
     def eight(t):
@@ -254,10 +263,15 @@ def _before(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> Non
                 dt += view.delta_bias[:, at[1]]
             if geo.softplus:
                 dt, slope = tiles.softplus_and_slope(dt)
-                tiles.rows_from_natural(r.slope_rows, t, tile, slope)
+            else:
+                dt = tiles.away_from_zero(dt)
+                slope = tiles.reciprocal(dt)
+            tiles.rows_from_natural(r.slope_rows, t, tile, slope)
             dt, dy = masked(dt), masked(view.dy[at])
             if hasattr(r, "z"):
-                dy *= tiles.silu(masked(view.z[at]))
+                gate, slope = tiles.silu_and_slope(masked(view.z[at]))
+                tiles.rows_from_natural(r.gate_rows, t, tile, slope)
+                dy *= gate
             tiles.rows_from_natural(r.dt_rows, t, tile, dt)
             tiles.rows_from_natural(r.x_rows, t, tile, dt * masked(view.u[at]))
             tiles.rows_from_natural(r.dy_rows, t, tile, dy)
@@ -266,8 +280,7 @@ def _before(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> Non
 
 
 def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
-    """The states of a span, each before its step; with a gate also y before skip and gate."""
-    gated = hasattr(r, "z")
+    """The states of a span, each before its step."""
 
     def some(chunk, steps):
         n0 = chunk * geo.chunk
@@ -276,20 +289,12 @@ def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
         for _, index, t in steps:
             dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
             keep = tiles.keep(r.mark_rows, t) if marks else None
-            y = None
-            if gated and geo.chunks > 1:
-                y = jnp.where(chunk == 0, 0.0, tiles.row(r.y_rows, t))
             for n in range(geo.chunk):
                 at = tiles.column(geo, t, n0 + n)
                 r.history[_register(geo, index, n0 + n), :] = h[n]
                 before = h[n] if keep is None else jnp.where(keep, h[n], 0.0)
                 decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
                 h[n] = decay * before + x * tiles.splat(r.B_rows, at)
-                if gated:
-                    term = h[n] * tiles.splat(r.C_rows, at)
-                    y = term if y is None else y + term
-            if y is not None:
-                tiles.set_row(r.y_rows, t, y)
         for n in range(geo.chunk):
             tiles.set_row(r.h, n0 + n, h[n])
 
@@ -303,88 +308,92 @@ def _register(geo: Geometry, index, n):
     return pl.ds(tiles.value((index * geo.used + n) * TILES), TILES)
 
 
+def _stretch(geo: Geometry) -> int:
+    """Positions whose products are in VMEM at once."""
+    return max(geo.span // 2, TILES)
+
+
 def _reverse(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
     """The gradient of the state back through a span, and what it gives for the operands.
 
-    A stretch at a time, in three loops that leave the products with the least to wait for to the
-    later ones. In one loop together the compiler schedules those products last, and keeps what
-    they are made from until then in registers that it does not have.
+    A stretch at a time. The compiler schedules first what the recurrence waits for and last what
+    nothing waits for, and keeps what that is made from until then in registers: few states and
+    few positions at a time, so that there are enough of them.
     """
-    stretch = min(_STRETCH, geo.span)
+    stretch = _stretch(geo)
 
     def some(number):
         first = geo.span - stretch - number * stretch
-        for body in (_carry_back, _products, _add_products):
-            body(geo, r, block, first, stretch, marks)
+        _carry_back(geo, r, block, first, stretch, marks, 0, min(_HELD, geo.used))
+        whole = geo.used // _HELD
+        if whole > 1:
+
+            def more(index):
+                _carry_back(geo, r, block, first, stretch, marks, (index + 1) * _HELD, _HELD)
+
+            tiles.loop(whole - 1, more)
+        if geo.used % _HELD and whole:
+            rest = geo.used % _HELD
+            _carry_back(geo, r, block, first, stretch, marks, geo.used - rest, rest)
+        _add_products(geo, r, block, first, stretch)
 
     tiles.loop(geo.span // stretch, some)
 
 
-def _carry_back(geo: Geometry, r: SimpleNamespace, block, first, stretch: int, marks) -> None:
-    """The recurrence itself, with the sums over the states."""
+def _carry_back(
+    geo: Geometry, r: SimpleNamespace, block, first, stretch: int, marks: bool, n0, states: int
+) -> None:
+    """The recurrence of some states from n0 on, and its sums over them and over positions."""
+    base = block * geo.rows + n0
+    sums = [r.dx_rows, r.ddt_rows] + ([r.y_rows] if hasattr(r, "z") else [])
 
-    def some(chunk, steps):
-        n0 = chunk * geo.chunk
-        base = block * geo.rows + n0
-        g = [tiles.row(r.g, base + n) for n in range(geo.chunk)]
+    def some(steps, carry):
+        g, dA = list(carry[0]), list(carry[1])
         for place, index, t in steps:
             dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
             dy = tiles.row(r.dy_rows, t)
             keep = tiles.keep(r.mark_rows, t) if marks else None
-            dx = ddt = None
-            if geo.chunks > 1:
-                dx = jnp.where(chunk == 0, 0.0, tiles.row(r.dx_rows, t))
-                ddt = jnp.where(chunk == 0, 0.0, tiles.row(r.ddt_rows, t))
-            for n in range(geo.chunk):
+            totals: list = [None] * len(sums) if first_states else [tiles.row(x, t) for x in sums]
+            for n in range(states):
                 at = tiles.column(geo, t, n0 + n)
-                weight = tiles.row(r.A_rows, base + n)
+                part = place * geo.rows + (n0 + n)
                 before = r.history[_register(geo, index, n0 + n), :]
-                total = g[n] + dy * tiles.splat(r.C_rows, at)
-                tiles.set_row(r.dB_parts, place * geo.rows + (n0 + n), total * x)
-                term = total * tiles.splat(r.B_rows, at)
-                dx = term if dx is None else dx + term
-                g[n] = total * jnp.exp2(dt * weight)
+                after = r.history[_register(geo, index + 1, n0 + n), :]
+                read = dy * tiles.splat(r.C_rows, at)
+                total = g[n] + read
+                tiles.set_row(r.dB_parts, part, total * x)
+                exponent = dt * tiles.row(r.A_rows, base + n)
+                g[n] = total * jnp.exp2(exponent)
                 if keep is not None:
                     g[n] = jnp.where(keep, g[n], 0.0)
                     before = jnp.where(keep, before, 0.0)
-                through = g[n] * before
-                r.through[_register(geo, place, n0 + n), :] = through
-                term = through * weight
-                ddt = term if ddt is None else ddt + term
-            assert dx is not None and ddt is not None  # a chunk is never empty
-            tiles.set_row(r.dx_rows, t, dx)
-            tiles.set_row(r.ddt_rows, t, ddt)
-        for n in range(geo.chunk):
-            tiles.set_row(r.g, base + n, g[n])
+                through = (g[n] * before) * exponent
+                dA[n] = dA[n] + through
+                after = after * read
+                tiles.set_row(r.dC_parts, part, after)
+                terms = (total * tiles.splat(r.B_rows, at), through, after)
+                for i, term in zip(range(len(sums)), terms, strict=False):
+                    totals[i] = term if totals[i] is None else totals[i] + term
+            for ref, total in zip(sums, totals, strict=True):
+                tiles.set_row(ref, t, total)
+        return g, dA
 
-    tiles.steps(geo, first, stretch, 8, some, against=True)
-
-
-def _products(geo: Geometry, r: SimpleNamespace, block, first, stretch: int, marks) -> None:
-    """dA, the products of dC, and the products of dB added over sublanes."""
-
-    def some(chunk, steps):
-        n0 = chunk * geo.chunk
-        base = block * geo.rows + n0
-        dA = [tiles.row(r.dA_rows, base + n) for n in range(geo.chunk)]
-        for place, index, t in steps:
-            dt, dy = tiles.row(r.dt_rows, t), tiles.row(r.dy_rows, t)
-            for n in range(geo.chunk):
-                after = r.history[_register(geo, index + 1, n0 + n), :]
-                through = r.through[_register(geo, place, n0 + n), :]
-                tiles.set_row(r.dC_parts, place * geo.rows + (n0 + n), after * dy)
-                dA[n] = dA[n] + through * dt
-            _add_sublanes(geo, r.dB_parts, r.dB_sums, block, place, t, n0)
-        for n in range(geo.chunk):
-            tiles.set_row(r.dA_rows, base + n, dA[n])
-
-    tiles.steps(geo, first, stretch, 8, some, against=True)
+    first_states = isinstance(n0, int) and n0 == 0
+    g = [tiles.row(r.g, base + n) for n in range(states)]
+    dA = [tiles.row(r.dA_rows, base + n) for n in range(states)]
+    g, dA = tiles.carry_steps(geo, first, stretch, _UNROLL, some, (g, dA), against=True)
+    for n in range(states):
+        tiles.set_row(r.g, base + n, g[n])
+        tiles.set_row(r.dA_rows, base + n, dA[n])
 
 
-def _add_products(geo: Geometry, r: SimpleNamespace, block, first, stretch: int, marks) -> None:
+def _add_products(geo: Geometry, r: SimpleNamespace, block, first, stretch: int) -> None:
+    """Adds the products of dB and dC over sublanes."""
+
     def some(chunk, steps):
         for place, _, t in steps:
-            _add_sublanes(geo, r.dC_parts, r.dC_sums, block, place, t, chunk * geo.chunk)
+            for parts, sums in ((r.dB_parts, r.dB_sums), (r.dC_parts, r.dC_sums)):
+                _add_sublanes(geo, parts, sums, block, place, t, chunk * geo.chunk)
 
     tiles.steps(geo, first, stretch, 16, some)
 
@@ -413,35 +422,30 @@ def _after(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None
             at = (pl.ds(t, TILES), pl.ds(tile * LANES, LANES))
             lanes = at[1]
 
-            def masked(value, tile=tile):
-                return inside(value.astype(jnp.float32), tile, valid)
+            def natural(rows, tile=tile):
+                return tiles.natural_from_rows(rows, t, tile)
 
-            u, dy = masked(view.u[at]), masked(view.dy[at])
-            dx = tiles.natural_from_rows(r.dx_rows, t, tile)
-            du = dx * tiles.natural_from_rows(r.dt_rows, t, tile)
+            u = inside(view.u[at].astype(jnp.float32), tile, valid)
+            du = natural(r.dx_rows) * natural(r.dt_rows)
             # The weights in VMEM are A log2(e).
-            ddelta = dx * u + tiles.natural_from_rows(r.ddt_rows, t, tile) * tiles.LN_2
-            if geo.softplus:
-                ddelta *= tiles.natural_from_rows(r.slope_rows, t, tile)
-            ddelta = inside(ddelta, tile, valid)
-            if hasattr(r, "z"):
-                z = masked(view.z[at])
-                y = tiles.natural_from_rows(r.y_rows, t, tile)
-                if hasattr(r, "D"):
-                    y += view.D[:, lanes] * u
-                gate = tiles.sigmoid(z)
-                dz = dy * y * (gate * (1.0 + z * (1.0 - gate)))
-                view.dz[at] = inside(dz, tile, valid).astype(r.dz.dtype)
-                dy = tiles.natural_from_rows(r.dy_rows, t, tile)
+            ddelta = du * u + natural(r.ddt_rows) * tiles.LN_2
+            ddelta = inside(ddelta * natural(r.slope_rows), tile, valid)
+            y = natural(r.y_rows) if hasattr(r, "z") else None
             if hasattr(r, "D"):
-                du += view.D[:, lanes] * dy
-                view.dD[:, lanes] += dy * u
+                D, dy = view.D[:, lanes], natural(r.dy_rows)
+                du += D * dy
+                read = dy * u
+                view.dD[:, lanes] += read
+                y = y if y is None else y + D * read
+            if y is not None:
+                dz = inside(y * natural(r.gate_rows), tile, valid)
+                view.dz[at] = dz.astype(r.dz.dtype)
             if hasattr(r, "delta_bias"):
                 view.ddelta_bias[:, lanes] += ddelta
             view.du[at] = inside(du, tile, valid).astype(r.du.dtype)
             view.ddelta[at] = ddelta.astype(r.ddelta.dtype)
 
-    tiles.eights(geo, eight, unroll=4)
+    tiles.eights(geo, eight, unroll=2)
 
 
 def _finish_sums(geo: Geometry, sums, out, where) -> None:
