@@ -270,6 +270,19 @@ def _spans(x, LANES: gl.constexpr, REVERSE: gl.constexpr):
     return out
 
 
+@gluon.jit
+def _total(steps, K: gl.constexpr):
+    """The sum of K tensors, pairwise: a short chain."""
+    parts = steps
+    for level in gl.static_range(0, 5):
+        if (K >> level) > 1:
+            sums = ()
+            for i in gl.static_range(0, K >> (level + 1)):
+                sums = sums + (parts[2 * i] + parts[2 * i + 1],)
+            parts = sums
+    return parts[0]
+
+
 @gluon.constexpr_function
 def _four_sums_assembly(lanes):
     half, quarter = lanes // 2, lanes // 4
@@ -300,21 +313,52 @@ def _four_sums(x, lane, LANES: gl.constexpr):
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def _is_staged(pointer_type, whole):
+    """Whether an operand is copied to shared memory ahead: float32 would take too much of it."""
+    return whole and pointer_type.element_ty.primitive_bitwidth == 16
+
+
+@gluon.jit
+def _stage(
+    pointer, WHOLE: gl.constexpr, K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Shared memory for `_fetch_rows`; for operands that are not staged anything."""
+    if _is_staged(pointer.dtype, WHOLE):
+        out = gl.allocate_shared_memory(
+            pointer.dtype.element_ty, [WARPS * CHANNELS, LANES, K],
+            gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]),
+        )  # fmt: skip
+    else:
+        out = pointer
+    return out
+
+
+@gluon.jit
+def _fetch_rows(stage, pointer, place, WHOLE: gl.constexpr):
+    """Starts to copy the parties' steps."""
+    if _is_staged(pointer.dtype, WHOLE):
+        copy_to_shared(stage, pointer + place)
+
+
 @gluon.jit
 def _load_rows(
-    pointer, place, there, WHOLE: gl.constexpr,
-    LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+    stage, pointer, place, there, WHOLE: gl.constexpr,
+    K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """A party's operand, K float32 tensors [rows, lanes].
+    """The parties' steps [rows, lanes, K], copied before or loaded now.
 
     One offset serves all operands and is added last: a sum of pointer and lane would stay in two
     registers of each thread, for every operand.
     """
-    if WHOLE:
+    if _is_staged(pointer.dtype, WHOLE):
+        x = stage.load(tile_layout(K, LANES, CHANNELS, WARPS))
+    elif WHOLE:
         x = gl.load(pointer + place)
     else:
         x = gl.load(pointer + place, mask=there, other=0.0)
-    return steps_of(x, LANES, CHANNELS, WARPS)
+    return x
 
 
 @gluon.jit
@@ -350,10 +394,106 @@ def _load_states(
     return out
 
 
+@gluon.constexpr_function
+def _copied_states(states, channels, warps):
+    """[parties, warps, channels, states] for copies of a thread's `states` at once."""
+    return gl.BlockedLayout(
+        [1, 1, 1, states], [1, 32 // channels, channels, 1], [warps, 1, 1, 1], [3, 2, 1, 0]
+    )
+
+
+@gluon.constexpr_function
+def _own_states(states, lanes, channels, warps):
+    """[channels, states] of a warp, the same in all lanes of a channel."""
+    return gl.SliceLayout(
+        1,
+        gl.SliceLayout(
+            0,
+            gl.BlockedLayout(
+                [1, 1, 1, states], [1, channels, lanes, 1], [warps, 1, 1, 1], [3, 2, 1, 0]
+            ),
+        ),
+    )
+
+
+@gluon.jit
+def _fetch_states(
+    memory, slot, A2, saved, edges, first_channel, segment,
+    E: gl.constexpr, N: gl.constexpr, STATES: gl.constexpr, CHANNELS: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Starts to copy A2, the saved states and the edges of all parties.
+
+    Args:
+        memory: three of shared float32 [2, parties, warps, channels, states].
+        slot: 0 or 1, where they go.
+    """
+    layout: gl.constexpr = _copied_states(STATES, CHANNELS, WARPS)
+    three: gl.constexpr = gl.SliceLayout(3, layout)
+    party = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, three)))
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(0, gl.SliceLayout(2, three)))
+    part = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, three)))
+    j = gl.arange(0, STATES, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
+    place = gl.expand_dims(gl.expand_dims(party, 1), 2) * (CHANNELS * N)
+    place = place + gl.expand_dims(gl.expand_dims(warp, 0), 2) * STATES
+    place = place + gl.expand_dims(gl.expand_dims(part, 0), 1) * N
+    place = gl.expand_dims(place, 3) + gl.expand_dims(gl.expand_dims(gl.expand_dims(j, 0), 1), 2)
+    place = first_channel * N + place
+    copy_to_shared(memory[0].index(slot), A2 + place, cache_modifier=".ca")
+    place = segment * (E * N) + place
+    copy_to_shared(memory[1].index(slot), saved + place, cache_modifier=".ca")
+    copy_to_shared(memory[2].index(slot), edges + place, cache_modifier=".ca")
+
+
+@gluon.jit
+def _fetch(
+    stages, u, delta, dy, z, fetched, slot, A2, saved, edges, batch, segment, first_channel,
+    step, row,
+    E: gl.constexpr, L: gl.constexpr, N: gl.constexpr, STATES: gl.constexpr, WHOLE: gl.constexpr,
+    EVERY: gl.constexpr, HAS_Z: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Starts to copy what the parties from `first_channel` need, as one commit group."""
+    place = (batch * E + first_channel + row) * L + step
+    _fetch_rows(stages[0], u, place, WHOLE)
+    _fetch_rows(stages[1], delta, place, WHOLE)
+    _fetch_rows(stages[2], dy, place, WHOLE)
+    if HAS_Z:
+        _fetch_rows(stages[3], z, place, WHOLE)
+    if EVERY:
+        _fetch_states(
+            fetched, slot, A2, saved, edges, first_channel, segment, E, N, STATES, CHANNELS, WARPS
+        )
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _read_states(
+    memory, slot, party, warp, FIRST: gl.constexpr, COUNT: gl.constexpr, STATES: gl.constexpr,
+    LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """COUNT of a warp's states of a party, from number FIRST: tensors [1, channels, 1]."""
+    cube: gl.constexpr = _cube(LANES, CHANNELS, WARPS)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    mine = _reinterpret(memory, gl.float32, [2 * WARPS * WARPS, CHANNELS, STATES], plain)
+    mine = mine.index((slot * WARPS + party) * WARPS + warp)
+    x = mine.slice(FIRST, COUNT, 1).load(_own_states(COUNT, LANES, CHANNELS, WARPS))
+    x = gl.expand_dims(x, 1)
+    if COUNT == 1:
+        rows = (gl.reshape(x, [CHANNELS, 1]),)
+    else:
+        rows = peel(x, gl.SliceLayout(0, cube))
+    out = ()
+    for j in gl.static_range(0, COUNT):
+        row = gl.convert_layout(rows[j], gl.SliceLayout(0, cube), assert_trivial=True)
+        out = out + (gl.expand_dims(row, 0),)
+    return out
+
+
 @gluon.jit
 def _turn(
-    dts, xs, dys, ys, dxs, exponents, dBs, dCs, As, hs, qs, coefficients, restart, lane3, zero,
-    RESTARTS: gl.constexpr, REVERSE: gl.constexpr, HAS_Z: gl.constexpr, STATES: gl.constexpr,
+    dts, xs, dys, spans, ys, dxs, exponents, dBs, dCs, states, slot, mine, warp, coefficients,
+    restart, restarts, lane3, zero,
+    EVERY: gl.constexpr, RESTARTS: gl.constexpr, REVERSE: gl.constexpr, HAS_Z: gl.constexpr, STATES: gl.constexpr,
     K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Each warp's states of one party.
@@ -363,17 +503,29 @@ def _turn(
         dBs, dCs: with these channels added.
         dAs: four sums over a lane's steps; zeros where there are fewer states.
     """
-    total = dts[0]
-    for k in gl.static_range(1, K):
-        total = total + dts[k]
-    spans = _spans(total, LANES, REVERSE)
-    if RESTARTS:
-        restarts = _spans(gl.where(restart != 0, 1.0, 0.0), LANES, REVERSE)
     new_dBs = ()
     new_dCs = ()
     dAs = ()
+    TOGETHER: gl.constexpr = min(STATES, 2)
     for j in gl.static_range(0, STATES):
-        a = As[j]
+        if EVERY:
+            if j % TOGETHER == 0:
+                As = _read_states(
+                    states[0], slot, mine, warp, j, TOGETHER, STATES, LANES, CHANNELS, WARPS
+                )
+                hs = _read_states(
+                    states[1], slot, mine, warp, j, TOGETHER, STATES, LANES, CHANNELS, WARPS
+                )
+                qs = _read_states(
+                    states[2], slot, mine, warp, j, TOGETHER, STATES, LANES, CHANNELS, WARPS
+                )
+            a = As[j % TOGETHER]
+            h_in = hs[j % TOGETHER]
+            q_in = qs[j % TOGETHER]
+        else:
+            a = states[0][j]
+            h_in = states[1][j]
+            q_in = states[2][j]
         B_n = _read_coefficients(coefficients.index(2 * j), K, LANES, CHANNELS, WARPS)
         C_n = _read_coefficients(coefficients.index(2 * j + 1), K, LANES, CHANNELS, WARPS)
         decays = ()
@@ -403,7 +555,7 @@ def _turn(
             h = on_decays[step] * h + on_inflows[step]
             q = back_decays[step] * (back_C[step] * back_dys[step] + q)
             q = unless(q, restart, in_order(step, K, not REVERSE), RESTARTS)
-        h, q = _enter(h, q, hs[j], qs[j], span_decays, LANES, REVERSE, RESTARTS)
+        h, q = _enter(h, q, h_in, q_in, span_decays, LANES, REVERSE, RESTARTS)
         # Forward again: the state before each step, y and dC.
         before = ()
         y_sums = ()
@@ -455,7 +607,7 @@ def _turn(
 @gluon.jit
 def _channels(
     u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
-    kept, restart,
+    kept, far, stages, fetched, restart,
     du, ddelta, dz, dA, dD, dbias, batch, tile, first_channel, end_channel,
     dBs, dCs,
     RESTARTS: gl.constexpr,
@@ -468,6 +620,7 @@ def _channels(
     T: gl.constexpr = K * LANES
     ROWS: gl.constexpr = WARPS * CHANNELS
     SP: gl.constexpr = _padded(STATES)
+    SPANS: gl.constexpr = _padded(2 * _levels(LANES))
     EVERY: gl.constexpr = WHOLE and N == STATES * WARPS and SP == STATES
     cube: gl.constexpr = _cube(LANES, CHANNELS, WARPS)
     tiles: gl.constexpr = tile_layout(K, LANES, CHANNELS, WARPS)
@@ -503,7 +656,19 @@ def _channels(
     nothing = ()
     for _ in gl.static_range(0, K):
         nothing = nothing + (zero,)
-    for i in range(0, (BLOCK + ROWS - 1) // ROWS):
+    restarts = ()
+    if RESTARTS:
+        restarts = _spans(gl.where(restart != 0, 1.0, 0.0), LANES, REVERSE)
+    ROUNDS: gl.constexpr = (BLOCK + ROWS - 1) // ROWS
+    if WHOLE:
+        _fetch(
+            stages, u, delta, dy, z, fetched, 0, A2, saved, edges, batch, segment,
+            first_channel, first + offset_t, row_t, E, L, N, STATES, WHOLE, EVERY, HAS_Z, CHANNELS,
+            WARPS,
+        )  # fmt: skip
+    for i in range(0, ROUNDS):
+        if WHOLE:
+            async_copy.wait_group(0)
         # The elementwise part of the warps' own parties.
         owned = first_channel + i * ROWS
         row = (batch * E + owned + row_t) * L + first
@@ -512,12 +677,24 @@ def _channels(
         exists_f = channel_f < end_channel
         place_t = row + offset_t
         there_t = exists_t & (first + offset_t < L)
-        us = _load_rows(u, place_t, there_t, WHOLE, LANES, CHANNELS, WARPS)
-        deltas = _load_rows(delta, place_t, there_t, WHOLE, LANES, CHANNELS, WARPS)
-        given = _load_rows(dy, place_t, there_t, WHOLE, LANES, CHANNELS, WARPS)
+        u_t = _load_rows(stages[0], u, place_t, there_t, WHOLE, K, LANES, CHANNELS, WARPS)
+        delta_t = _load_rows(stages[1], delta, place_t, there_t, WHOLE, K, LANES, CHANNELS, WARPS)
+        dy_t = _load_rows(stages[2], dy, place_t, there_t, WHOLE, K, LANES, CHANNELS, WARPS)
+        if HAS_Z:
+            z_t = _load_rows(stages[3], z, place_t, there_t, WHOLE, K, LANES, CHANNELS, WARPS)
+        if WHOLE:  # the next parties', under way during these ones' turns
+            following = first_channel + gl.minimum(i + 1, ROUNDS - 1) * ROWS
+            _fetch(
+                stages, u, delta, dy, z, fetched, (i + 1) % 2, A2, saved, edges, batch, segment,
+                following, first + offset_t, row_t, E, L, N, STATES, WHOLE, EVERY, HAS_Z, CHANNELS,
+                WARPS,
+            )  # fmt: skip
+        us = steps_of(u_t, LANES, CHANNELS, WARPS)
+        deltas = steps_of(delta_t, LANES, CHANNELS, WARPS)
+        given = steps_of(dy_t, LANES, CHANNELS, WARPS)
         zs = given
         if HAS_Z:
-            zs = _load_rows(z, place_t, there_t, WHOLE, LANES, CHANNELS, WARPS)
+            zs = steps_of(z_t, LANES, CHANNELS, WARPS)
         valid = exists_f.to(gl.int32) * 0
         if (not WHOLE) or RESTARTS:
             for k in gl.static_range(0, K):
@@ -566,6 +743,10 @@ def _channels(
             dts = keep(dts, valid, K)
         for k in gl.static_range(0, K):
             xs = xs + (dts[k] * us[k],)
+        spans = _spans(_total(dts, K), LANES, REVERSE)
+        for _ in gl.static_range(2 * _levels(LANES), SPANS):
+            spans = spans + (dts[0],)
+        _write_rows(far, spans, SPANS, LANES, CHANNELS, WARPS)
         _write_rows(operands[0], dts, K, LANES, CHANNELS, WARPS)
         _write_rows(operands[1], xs, K, LANES, CHANNELS, WARPS)
         _write_rows(operands[2], dys, K, LANES, CHANNELS, WARPS)
@@ -587,16 +768,20 @@ def _channels(
                 turn = pair * 2 + half
                 party = (turn + 1) & (WARPS - 1)
                 giver = warp ^ ((turn ^ (turn + 1)) & (WARPS - 1))
-                channel_s = owned + ((row_s // CHANNELS) ^ party) * CHANNELS + row_s % CHANNELS
-                there = (channel_s < end_channel) & (n_s < N) & (j_s < STATES)
-                place_s = channel_s * N + n_s
-                As = _load_states(A2, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
-                place_s = segment * (E * N) + place_s
-                hs = _load_states(saved, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
-                qs = _load_states(edges, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
+                mine = warp ^ party
+                if EVERY:
+                    states = fetched
+                else:
+                    channel_s = owned + ((row_s // CHANNELS) ^ party) * CHANNELS + row_s % CHANNELS
+                    there = (channel_s < end_channel) & (n_s < N) & (j_s < STATES)
+                    place_s = channel_s * N + n_s
+                    As = _load_states(A2, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
+                    place_s = segment * (E * N) + place_s
+                    hs = _load_states(saved, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
+                    qs = _load_states(edges, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
+                    states = (As, hs, qs)
                 source = sums if half == 0 else even_sums
                 target = even_sums if half == 0 else sums
-                mine = warp ^ party
                 dxs = _read_party(source[0], giver, K, LANES, CHANNELS, WARPS)
                 exponents = _read_party(source[1], giver, K, LANES, CHANNELS, WARPS)
                 if HAS_Z:
@@ -604,9 +789,10 @@ def _channels(
                 dts_t = _read_party(operands[0], mine, K, LANES, CHANNELS, WARPS)
                 xs_t = _read_party(operands[1], mine, K, LANES, CHANNELS, WARPS)
                 dys_t = _read_party(operands[2], mine, K, LANES, CHANNELS, WARPS)
+                spans_t = _read_party(far, mine, SPANS, LANES, CHANNELS, WARPS)
                 ys, dxs, exponents, dBs, dCs, dAs = _turn(
-                    dts_t, xs_t, dys_t, ys, dxs, exponents, dBs, dCs, As, hs, qs, coefficients,
-                    restart, lane3, zero, RESTARTS, REVERSE, HAS_Z, STATES,
+                    dts_t, xs_t, dys_t, spans_t, ys, dxs, exponents, dBs, dCs, states, i % 2, mine,
+                    warp, coefficients, restart, restarts, lane3, zero, EVERY, RESTARTS, REVERSE, HAS_Z, STATES,
                     K, LANES, CHANNELS, WARPS,
                 )  # fmt: skip
                 channel3 = owned + (warp3 ^ party) * CHANNELS + part3
@@ -749,11 +935,28 @@ def scan_backward(
     sums = ()
     even_sums = ()
     kept = ()
+    fetched = ()
+    stages = (
+        _stage(u, WHOLE, K, LANES, CHANNELS, WARPS),
+        _stage(delta, WHOLE, K, LANES, CHANNELS, WARPS),
+        _stage(dy, WHOLE, K, LANES, CHANNELS, WARPS),
+        _stage(z, WHOLE and HAS_Z, K, LANES, CHANNELS, WARPS),
+    )
+    far = gl.allocate_shared_memory(
+        gl.float32, [WARPS * CHANNELS, _padded(2 * _levels(LANES)) // 4, LANES, 4], plain
+    )
     for _ in gl.static_range(0, 3):  # in one, any two accesses would get a barrier between them
         operands = operands + (gl.allocate_shared_memory(gl.float32, parties, plain),)
         sums = sums + (gl.allocate_shared_memory(gl.float32, parties, plain),)
         even_sums = even_sums + (gl.allocate_shared_memory(gl.float32, parties, plain),)
         kept = kept + (gl.allocate_shared_memory(gl.float32, parties, plain),)
+        if WHOLE and N == NP and STATES == _padded(STATES):
+            fetched = fetched + (
+                gl.allocate_shared_memory(
+                    gl.float32, [2, WARPS, WARPS, CHANNELS, STATES],
+                    gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
+                ),
+            )  # fmt: skip
     async_copy.wait_group(0)
 
     warp3 = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, cube)))
@@ -783,21 +986,21 @@ def scan_backward(
             )
             dBs, dCs = _channels(
                 u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
-                kept, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
+                kept, far, stages, fetched, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
                 first_channel, end_channel, dBs, dCs, True, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
                 WHOLE, BLOCK, STATES, K, LANES, CHANNELS, WARPS,
             )  # fmt: skip
         else:
             dBs, dCs = _channels(
                 u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
-                kept, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
+                kept, far, stages, fetched, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
                 first_channel, end_channel, dBs, dCs, False, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
                 WHOLE, BLOCK, STATES, K, LANES, CHANNELS, WARPS,
             )  # fmt: skip
     else:
         dBs, dCs = _channels(
             u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
-            kept, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
+            kept, far, stages, fetched, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
             first_channel, end_channel, dBs, dCs, False, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
             WHOLE, BLOCK, STATES, K, LANES, CHANNELS, WARPS,
         )  # fmt: skip
