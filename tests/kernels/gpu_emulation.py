@@ -30,6 +30,7 @@ class Launch:
     options: dict[str, Any]  # of the compiler
     operands: dict[str, jax.ShapeDtypeStruct]
     results: dict[str, jax.ShapeDtypeStruct]
+    zeroed: tuple[int, ...]  # numbers of the results that are zero at the start
     constants: dict[str, Any]
 
     @property
@@ -58,14 +59,19 @@ def _compiled(kernel, signature, constants, options, warps, target):
     )
 
 
-def _launch(operands, kernel, out_type, grid, num_warps, name, backend_options, **constants):
+def _launch(
+    operands, kernel, out_type, grid, num_warps, name, backend_options, zeroed_outputs, **constants
+):
     """The arguments of `jax_triton.triton_call`, sorted."""
     assert name == kernel.__name__
     names = [name for name in kernel.arg_names if name not in constants]
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*operands, *out_type)]
     named = dict(zip(names, arrays, strict=True))
     results = {name: named.pop(name) for name in names[len(operands) :]}
-    return Launch(kernel, tuple(grid), num_warps, dict(backend_options), named, results, constants)
+    return Launch(
+        kernel, tuple(grid), num_warps, dict(backend_options), named, results, zeroed_outputs,
+        constants,
+    )  # fmt: skip
 
 
 def triton_call(*operands, **arguments):
@@ -79,9 +85,16 @@ def triton_call(*operands, **arguments):
         before = [np.asarray(x) for x in arrays]
         read = [x.copy() for x in before]
         # What a kernel leaves unwritten must not be used: NaN shows it.
-        written = [np.full(x.shape, np.nan, x.dtype) for x in launch.results.values()]
+        written = [
+            np.full(x.shape, 0 if k in launch.zeroed or x.dtype == np.int32 else np.nan, x.dtype)
+            for k, x in enumerate(launch.results.values())
+        ]
         grid = (*launch.grid, 1, 1)[:3]
-        ptx_emulator.run(code.ptx, grid, code.num_threads, [*read, *written], code.shared_bytes)
+        # A program that waits for another spins: the other must have run before.
+        together = {"batch_threads": code.num_threads} if launch.zeroed else {}
+        ptx_emulator.run(
+            code.ptx, grid, code.num_threads, [*read, *written], code.shared_bytes, **together
+        )
         for x, y in zip(before, read, strict=True):
             assert x.tobytes() == y.tobytes(), f"{launch.name} wrote to an operand"
         return tuple(written)

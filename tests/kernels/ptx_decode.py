@@ -369,12 +369,17 @@ def _load(machine, instruction):
     targets = target.items if isinstance(target, Vector) else (target,)
     puts = [write(machine, item, kind) for item in targets]
     where = address(machine, place)
-    load, _ = access(machine, space_of(instruction))
+    acquires = instruction.has("acquire")
+    load, _ = access(machine, space_of(instruction), check=not acquires)
     width, count, dtype = BITS[kind] // 8, len(targets), DTYPES[kind]
     used = instruction.used_bytes
 
     def execute(mask):
         at = where() if mask is None else where()[mask]
+        if acquires:
+            ctas = machine.cta_number if mask is None else machine.cta_number[mask]
+            for place, cta in zip(at.tolist(), ctas.tolist(), strict=True):
+                machine.memory.synchronize(place, cta, True, False)
         values = load(at, mask, width, count, used)
         for k, put in enumerate(puts):
             put(spread(machine, values[:, k], mask).view(dtype), mask)

@@ -216,10 +216,16 @@ def atomic(machine, instruction):
     function = _atomic_function(how, kind)
     width, dtype, word = BITS[kind] // 8, DTYPES[kind], UNSIGNED[BITS[kind] // 8]
     one_thread = np.zeros(machine.threads, np.bool_)
+    orders = instruction.has("acquire", "acq_rel"), instruction.has("release", "acq_rel")
 
     def execute(mask):
         threads = machine.thread if mask is None else np.flatnonzero(mask)
         at = where()
+        if any(orders):
+            for thread in threads:
+                machine.memory.synchronize(
+                    int(at[thread]), int(machine.cta_number[thread]), *orders
+                )
         operands = [[r() for r in column] for column in reads]
         count = len(operands[0])
         old = np.zeros((count, machine.threads), dtype)

@@ -41,11 +41,15 @@ class GlobalMemory:
     """The arrays that pointer arguments name, and which CTA wrote what.
 
     CTAs run in no order, so these are errors: a load of what another CTA wrote, and a store of a
-    new value over it. Atomics are left out. A unit of the check is `unit` bytes.
+    new value over it. Atomics are left out, but one that releases and a later one that acquires
+    the same address put what a CTA wrote before what the other does. A unit of the check is `unit`
+    bytes.
     """
 
     def __init__(self, check=False, unit=4):
         self.check, self.unit = check, unit
+        self.released: dict[int, set[int]] = {}  # by address: the CTAs whose writes it publishes
+        self.seen: dict[int, set[int]] = {}  # by CTA: the CTAs whose writes it may use
         self.owners: dict[int, np.ndarray] = {}  # by the address of an array's bytes: CTA + 1
         self.regions: list[tuple[str, list[tuple[int, np.ndarray]]]] = []
 
@@ -115,7 +119,7 @@ class GlobalMemory:
             out[positions] = rows.view(UNSIGNED[width])[row]
             if self.check and check and rows.ctypes.data in self.owners:
                 table, units = self._units(rows, row)
-                foreign = (table[units] != 0) & (table[units] != cta[positions, None] + 1)
+                foreign = self._foreign(table[units], cta[positions])
                 self._raise(foreign, "reads", address, cta, positions, table, units)
         return out
 
@@ -126,7 +130,7 @@ class GlobalMemory:
             check = check and self.check
             if check:
                 table, units = self._units(rows, row)
-                foreign = (table[units] != 0) & (table[units] != cta[positions, None] + 1)
+                foreign = self._foreign(table[units], cta[positions])
                 if foreign.any():
                     # Replicated work that stores one value twice is harmless.
                     foreign &= (cells[row] != new).any(1)[:, None]
@@ -138,6 +142,22 @@ class GlobalMemory:
                 raise RaceError(
                     f"threads write different values to {self.describe(int(address[bad]))} at once"
                 )
+
+    def synchronize(self, address, cta, acquires, releases):
+        """What an atomic of one thread orders, besides its own access."""
+        seen = self.seen.setdefault(cta, {cta})
+        if acquires:
+            seen |= self.released.get(address, set())
+        if releases:
+            self.released.setdefault(address, set()).update(seen)
+
+    def _foreign(self, owner, cta):
+        """Where the owner (CTA + 1, [n, units]) is another CTA that nothing puts before `cta`."""
+        foreign = (owner != 0) & (owner != cta[:, None] + 1)
+        for row, column in np.argwhere(foreign) if self.seen else ():
+            known = self.seen.get(int(cta[row]), ())
+            foreign[row, column] = int(owner[row, column]) - 1 not in known
+        return foreign
 
     def _units(self, rows, row):
         """An array's table of owners and, for rows of it, the units that they cover."""

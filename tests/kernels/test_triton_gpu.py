@@ -3,6 +3,7 @@
 Most of a case's time is the compilation of its kernels, some seconds each: cases share shapes.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -86,7 +87,8 @@ def test_mamba_ssm(length, dtype, groups, optional):
 
 # ------------------------------------------------------------ tiles, threads, blocks
 
-# A tile of the sweeps has 256 steps, 16 of them a thread's; one of the backward kernel 64 and 8.
+# A tile of the sweeps has 256 steps (the adjoint's 512 with few rows), 16 of them a thread's; one
+# of the backward kernel 64 and 8.
 TILES = 300
 
 
@@ -95,6 +97,20 @@ TILES = 300
 def test_two_tiles(reverse, layout):
     case = inputs(1, length=TILES, state=16, groups=2, initial_state=True)
     scan_suite.compare(GPU, case, layout=layout, reverse=reverse)
+
+
+@either_direction
+def test_units_that_follow_each_other(reverse, monkeypatch):
+    # Short sequences are one unit; here a program takes one tile and waits for the one before.
+    for name in ("forward_sweep", "adjoint_sweep"):
+        choose = getattr(triton_gpu, name)
+        monkeypatch.setattr(
+            triton_gpu,
+            name,
+            lambda *size, choose=choose: dataclasses.replace(choose(*size), unit=1),
+        )
+    case = inputs(3, batch=2, length=600, state=16, groups=2, channels=6, initial_state=True)
+    scan_suite.compare(GPU, case, layout="bdl", reverse=reverse)
 
 
 def ids_at_borders():

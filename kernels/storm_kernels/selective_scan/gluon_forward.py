@@ -1,4 +1,4 @@
-"""The GPU scan forward, in Gluon: one warp takes a few channels through the whole sequence.
+"""The GPU scan forward, in Gluon: one warp takes a few channels through a stretch of the sequence.
 
 A warp goes through tiles of T = K * LANES steps; K steps are a thread's, LANES threads one
 channel's. For every state n a thread
@@ -8,11 +8,10 @@ channel's. For every state n a thread
    over a thread's steps is one exponential of their summed dt,
 3. runs its steps again from there, two fused multiply-adds each, and adds C h to y.
 
-So there is one exponential and about nine instructions for a state element and nothing of size
-[length, channels, state] anywhere. The exponentials of the next TOGETHER states stand between the
-steps of 3 of these. The states between the tiles live in one register a thread: lane i of a
-channel keeps state i. B and C come through a ring in shared
-memory, copied some states ahead: read directly, each waited for L2 (measured: 2.3 times slower).
+So there is one exponential and about eight instructions for a state element and nothing of size
+[length, channels, state] anywhere. The states between the tiles live in one register a thread: lane
+i of a channel keeps state i. B and C come through two buffers in shared memory, one filled while
+the other is worked on: read directly, each would wait for L2 (measured: 2.3 times slower).
 
 In reverse everything stays in the order of memory: the tiles, a thread's steps and the lanes are
 walked from the last to the first.
@@ -23,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from storm_kernels.selective_scan.gluon_lanes import (
+    at_borders,
     coefficient_memory,
     exp2,
     exp_minus_abs,
@@ -41,158 +41,198 @@ from storm_kernels.selective_scan.gluon_lanes import (
     sigmoid,
     softplus,
     steps_of,
+    store_borders,
     store_steps,
     tile_layout,
     unless,
+)
+from storm_kernels.selective_scan.gluon_units import (
+    await_turn,
+    entering_state,
+    finish_unit,
+    take_unit,
 )
 
 
 @gluon.jit
 def _states(
-    ys, carry, middle, dts, xs, total, restart, a_row, ring, coefficients, slot, lane, states,
-    RESTARTS: gl.constexpr, REVERSE: gl.constexpr, SPLIT: gl.constexpr, TILES: gl.constexpr,
-    NP: gl.constexpr, SLOTS: gl.constexpr, STATES: gl.constexpr, TOGETHER: gl.constexpr,
+    ys, carry, dts, xs, total, restart, a_row, B_memory, C_memory, first_state, lane, row_lane,
+    saved, exists, block,
+    RESTARTS: gl.constexpr, REVERSE: gl.constexpr, SPLIT: gl.constexpr, STATES: gl.constexpr,
+    TOGETHER: gl.constexpr, N: gl.constexpr, SEGMENT_STRIDE: gl.constexpr,
     K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Runs `states` states of a tile: adds C h to ys, moves the carry to the tile's end."""
+    """Runs STATES states of a tile: adds C h to ys, moves the carry to the tile's end.
+
+    If SPLIT is not 0, the states with which the SPLIT segments of the tile are entered are saved.
+    """
     FIRST: gl.constexpr = LANES - 1 if REVERSE else 0
-    a = ()
-    for i in gl.static_range(0, TOGETHER):
-        a = a + (lane_pick(a_row, lane * 0 + i, LANES),)
-    decays = ()
-    for step in gl.static_range(0, K):
+    HELD: gl.constexpr = LANES // SPLIT if SPLIT else STATES  # states whose borders fit a warp
+    entered = lane.to(gl.float32) * 0
+    for turn in gl.static_range(0, STATES // TOGETHER):
+        a = ()
+        h_in = ()
+        B_n = ()
+        C_n = ()
+        h = ()
+        total_decays = ()
         for i in gl.static_range(0, TOGETHER):
-            decays = decays + (exp2(dts[in_order(step, K, REVERSE)] * a[i]),)
-    for group in range(0, states // STATES):
-        async_copy.wait_group(SLOTS - 2)
+            n = first_state + turn * TOGETHER + i
+            a = a + (lane_pick(a_row, row_lane + n * CHANNELS),)
+            h_in = h_in + (lane_pick(carry, row_lane + n * CHANNELS),)
+            B_n = B_n + (
+                read_coefficients(B_memory, turn * TOGETHER + i, K, LANES, CHANNELS, WARPS),
+            )
+            C_n = C_n + (
+                read_coefficients(C_memory, turn * TOGETHER + i, K, LANES, CHANNELS, WARPS),
+            )
+            h = h + (gl.where(lane == FIRST, h_in[i], 0.0),)
+            total_decay = exp2(total * a[i])
+            if RESTARTS:
+                total_decay = gl.where(restart != 0, 0.0, total_decay)
+            total_decays = total_decays + (total_decay,)
+        decays = ()
+        inflows = ()
+        for step in gl.static_range(0, K):
+            later = ()
+            for i in gl.static_range(0, TOGETHER):
+                decay = exp2(dts[in_order(step, K, REVERSE)] * a[i])
+                inflow = xs[in_order(step, K, REVERSE)] * B_n[i][in_order(step, K, REVERSE)]
+                before = unless(h[i], restart, in_order(step, K, REVERSE), RESTARTS)
+                later = later + (decay * before + inflow,)
+                decays = decays + (decay,)
+                inflows = inflows + (inflow,)
+            h = later
+        h = lane_scan(h, total_decays, LANES, onward(REVERSE, TOGETHER), RESTARTS, CHANNELS)
+        starts = ()
+        for i in gl.static_range(0, TOGETHER):
+            n = first_state + turn * TOGETHER + i
+            end = lane_pick(h[i], row_lane + (LANES - 1 - FIRST) * CHANNELS)
+            carry = gl.where(lane == n, end, carry)
+            start = lane_shift(h[i], h_in[i], LANES, onward(REVERSE), CHANNELS)
+            entered = at_borders(
+                entered, start, lane, row_lane, (turn * TOGETHER + i) % HELD,
+                SPLIT, REVERSE, LANES, CHANNELS,
+            )  # fmt: skip
+            starts = starts + (start,)
+        if (turn + 1) * TOGETHER % HELD == 0 or (turn + 1) * TOGETHER == STATES:
+            store_borders(
+                saved, entered, lane, block + first_state + turn * TOGETHER // HELD * HELD, exists,
+                SPLIT, min(HELD, STATES), N, SEGMENT_STRIDE,
+            )  # fmt: skip
+        h = starts
+        summed = ()
+        for step in gl.static_range(0, K):
+            y = ys[in_order(step, K, REVERSE)]
+            later = ()
+            for i in gl.static_range(0, TOGETHER):
+                before = unless(h[i], restart, in_order(step, K, REVERSE), RESTARTS)
+                state = decays[step * TOGETHER + i] * before + inflows[step * TOGETHER + i]
+                y = state * C_n[i][in_order(step, K, REVERSE)] + y
+                later = later + (state,)
+            h = later
+            summed = summed + (y,)
+        ys = ordered(summed, K, REVERSE)
+    return ys, carry
+
+
+@gluon.jit
+def _all_states(
+    ys, carry, dts, xs, total, restart, a_row, B_here, C_here, B_there, C_there, B, C, BC_row,
+    fetched, lane, row_lane, saved, exists, block, states,
+    RESTARTS: gl.constexpr, REVERSE: gl.constexpr, SPLIT: gl.constexpr, TILES: gl.constexpr,
+    N: gl.constexpr, NP: gl.constexpr, SEGMENT_STRIDE: gl.constexpr, STATES: gl.constexpr,
+    TOGETHER: gl.constexpr, K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Runs `states` states, STATES at a time from two buffers in turn; `fetched` counts these."""
+    for pair in range(0, states // (2 * STATES)):
+        first_state = pair * (2 * STATES)
+        async_copy.wait_group(0)
         fetch_states(
-            ring, coefficients, slot + (SLOTS - 1), True, REVERSE, TILES, NP, SLOTS, STATES,
-            K, LANES, WARPS,
+            B_there, C_there, B, C, BC_row, fetched + 1, REVERSE, TILES, NP, STATES, K, LANES, WARPS
+        )
+        ys, carry = _states(
+            ys, carry, dts, xs, total, restart, a_row, B_here, C_here, first_state, lane, row_lane,
+            saved, exists, block, RESTARTS, REVERSE, SPLIT, STATES, TOGETHER, N, SEGMENT_STRIDE,
+            K, LANES, CHANNELS, WARPS,
         )  # fmt: skip
-        for part in gl.static_range(0, STATES // TOGETHER):
-            place = ((slot % SLOTS) * STATES + part * TOGETHER) * 2
-            h_in = ()
-            B_n = ()
-            h = ()
-            total_decays = ()
-            for i in gl.static_range(0, TOGETHER):
-                n = group * STATES + part * TOGETHER + i
-                h_in = h_in + (lane_pick(carry, lane * 0 + n, LANES),)
-                B_n = B_n + (read_coefficients(ring, place + 2 * i, K, LANES, CHANNELS, WARPS),)
-                h = h + (gl.where(lane == FIRST, h_in[i], 0.0),)
-                total_decay = exp2(total * a[i])
-                if RESTARTS:
-                    total_decay = gl.where(restart != 0, 0.0, total_decay)
-                total_decays = total_decays + (total_decay,)
-            inflows = ()
-            for step in gl.static_range(0, K):
-                later = ()
-                for i in gl.static_range(0, TOGETHER):
-                    inflow = xs[in_order(step, K, REVERSE)] * B_n[i][in_order(step, K, REVERSE)]
-                    before = unless(h[i], restart, in_order(step, K, REVERSE), RESTARTS)
-                    later = later + (decays[step * TOGETHER + i] * before + inflow,)
-                    inflows = inflows + (inflow,)
-                h = later
-            h = lane_scan(h, total_decays, LANES, onward(REVERSE, TOGETHER), RESTARTS)
-            starts = ()
-            C_n = ()
-            next_a = ()
-            for i in gl.static_range(0, TOGETHER):
-                n = group * STATES + part * TOGETHER + i
-                end = lane_pick(h[i], lane * 0 + (LANES - 1 - FIRST), LANES)
-                carry = gl.where(lane == n, end, carry)
-                start = lane_shift(h[i], h_in[i], LANES, onward(REVERSE))
-                boundaries = ()
-                for j in gl.static_range(0, SPLIT - 1):
-                    boundary = (j + 1) * (LANES // SPLIT) - (1 if REVERSE else 0)
-                    at_boundary = lane_pick(start, lane * 0 + boundary, LANES)
-                    boundaries = boundaries + (gl.where(lane == n, at_boundary, middle[j]),)
-                middle = boundaries
-                starts = starts + (start,)
-                C_n = C_n + (read_coefficients(ring, place + 2 * i + 1, K, LANES, CHANNELS, WARPS),)
-                next_a = next_a + (lane_pick(a_row, lane * 0 + (n + TOGETHER) % LANES, LANES),)
-            # The second run of these states, and between it the exponentials of the next ones.
-            h = starts
-            a = next_a
-            summed = ()
-            next_decays = ()
-            for step in gl.static_range(0, K):
-                y = ys[in_order(step, K, REVERSE)]
-                later = ()
-                for i in gl.static_range(0, TOGETHER):
-                    before = unless(h[i], restart, in_order(step, K, REVERSE), RESTARTS)
-                    state = decays[step * TOGETHER + i] * before + inflows[step * TOGETHER + i]
-                    y = state * C_n[i][in_order(step, K, REVERSE)] + y
-                    later = later + (state,)
-                    next_decays = next_decays + (exp2(dts[in_order(step, K, REVERSE)] * a[i]),)
-                h = later
-                summed = summed + (y,)
-            decays = next_decays
-            ys = ordered(summed, K, REVERSE)
-        slot = slot + 1
-    return ys, carry, middle, slot
+        async_copy.wait_group(0)
+        fetch_states(
+            B_here, C_here, B, C, BC_row, fetched + 2, REVERSE, TILES, NP, STATES, K, LANES, WARPS
+        )
+        ys, carry = _states(
+            ys, carry, dts, xs, total, restart, a_row, B_there, C_there, first_state + STATES,
+            lane, row_lane,
+            saved, exists, block, RESTARTS, REVERSE, SPLIT, STATES, TOGETHER, N, SEGMENT_STRIDE,
+            K, LANES, CHANNELS, WARPS,
+        )  # fmt: skip
+        fetched = fetched + 2
+    return ys, carry, fetched
 
 
 @gluon.jit
 def scan_forward(
-    u, delta, A2, BC, D, bias, z, state_in, marks, tile_marks, y, state_out, saved,
+    u, delta, A2, B, C, D, bias, z, state_in, marks, tile_marks, y, state_out, saved,
+    progress,
     E: gl.constexpr, L: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, PER_GROUP: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
-    HAS_MARKS: gl.constexpr, REVERSE: gl.constexpr, SEGMENT: gl.constexpr, SLOTS: gl.constexpr,
-    STATES: gl.constexpr, TOGETHER: gl.constexpr,
+    HAS_MARKS: gl.constexpr, REVERSE: gl.constexpr, SEGMENT: gl.constexpr, STATES: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    BATCH: gl.constexpr, UNIT: gl.constexpr, SEGMENTS: gl.constexpr,
     K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """One program: CHANNELS * WARPS channels of one group and batch row, all tiles.
+    """One program: CHANNELS * WARPS channels of one group and batch row, UNIT tiles.
 
     Args:
         u, delta, z, y: [batch, E, L], any floating type.
         A2: float32 [E, N], A * log2 e.
-        BC: float32 [batch, groups, tiles, NP, 2, K / 4, LANES, 4], zero past L and N: what
-            16-byte reads of the lanes take is one contiguous piece.
+        B, C: float32 [batch * groups, tiles, NP, T], zero past L and N.
         D, bias: float32 [E].
         state_in, state_out: float32 [batch, E, N].
         marks: int8 [batch, L]: 0 padding, 1 valid, 3 valid and the state restarts here.
         tile_marks: int32 [batch, tiles], 0 where all marks of a tile are 1.
-        saved: float32 [batch, tiles * T / SEGMENT, E, N], the state with which the scan enters
+        saved: float32 [batch, SEGMENTS, E, N], the state with which the scan enters
             every SEGMENT steps; nothing is saved if SEGMENT is 0.
     """
     T: gl.constexpr = K * LANES
     TILES: gl.constexpr = (L + T - 1) // T
     BLOCKS: gl.constexpr = (N + LANES - 1) // LANES  # of LANES states
+    UNITS: gl.constexpr = (TILES + UNIT - 1) // UNIT
+    GROUPS: gl.constexpr = E // PER_GROUP
     PROGRAMS: gl.constexpr = (PER_GROUP + CHANNELS * WARPS - 1) // (CHANNELS * WARPS)  # a group
     WHOLE: gl.constexpr = L % T == 0 and PER_GROUP % (CHANNELS * WARPS) == 0
-    SPLIT: gl.constexpr = T // SEGMENT if SEGMENT else 1
+    SPLIT: gl.constexpr = T // SEGMENT if SEGMENT else 0
     rows: gl.constexpr = gl.SliceLayout(
         1, gl.SliceLayout(2, tile_layout(K, LANES, CHANNELS, WARPS))
     )
     flat: gl.constexpr = row_layout(LANES, CHANNELS, WARPS)
 
-    batch = gl.program_id(1).to(gl.int64)
-    group = gl.program_id(0) // PROGRAMS
-    first_channel = group * PER_GROUP + (gl.program_id(0) % PROGRAMS) * (CHANNELS * WARPS)
+    work, unit = take_unit(progress, BATCH * GROUPS * PROGRAMS, UNITS)
+    batch = (work // (GROUPS * PROGRAMS)).to(gl.int64)
+    program = work % (GROUPS * PROGRAMS)
+    group = program // PROGRAMS
+    first_channel = group * PER_GROUP + (program % PROGRAMS) * (CHANNELS * WARPS)
     end_channel = (group + 1) * PER_GROUP
     channel3 = first_channel + gl.arange(0, CHANNELS * WARPS, layout=rows)
     row = gl.expand_dims(gl.expand_dims((batch * E + channel3) * L, 1), 2)
     exists3 = gl.expand_dims(gl.expand_dims(channel3 < end_channel, 1), 2)
     mark_row = gl.expand_dims(gl.expand_dims(batch * L + channel3 * 0, 1), 2)
-    coefficients = BC + (batch * (E // PER_GROUP) + group) * (TILES * NP * 2 * T)
-    ring = gl.allocate_shared_memory(
-        gl.float32, [SLOTS * STATES * 2, K // 4, LANES, 4], coefficient_memory()
-    )
-    slot = gl.program_id(0) * 0
-    if TILES * (NP // STATES) < SLOTS:
-        # Zero too, but Triton 3.6 cannot tell: it fails on copies that are plainly never made.
-        slot = gl.program_id(2)
-    for ahead in gl.static_range(0, SLOTS - 1):
-        fetch_states(
-            ring, coefficients, slot + ahead, True, REVERSE, TILES, NP, SLOTS, STATES,
-            K, LANES, WARPS,
-        )  # fmt: skip
+    BC_row = batch * GROUPS + group
+    B_here = gl.allocate_shared_memory(gl.float32, [STATES * LANES, K], coefficient_memory(K))
+    C_here = gl.allocate_shared_memory(gl.float32, [STATES * LANES, K], coefficient_memory(K))
+    B_there = gl.allocate_shared_memory(gl.float32, [STATES * LANES, K], coefficient_memory(K))
+    C_there = gl.allocate_shared_memory(gl.float32, [STATES * LANES, K], coefficient_memory(K))
+    first_tile = unit * UNIT
+    end_tile = gl.minimum(first_tile + UNIT, TILES)
+    fetched = first_tile * (NP // STATES)
+    fetch_states(B_here, C_here, B, C, BC_row, fetched, REVERSE, TILES, NP, STATES, K, LANES, WARPS)
 
     lane = gl.expand_dims(gl.arange(0, LANES, layout=gl.SliceLayout(0, flat)), 0)
     channel = first_channel + gl.arange(0, CHANNELS * WARPS, layout=gl.SliceLayout(1, flat))
     channel = gl.expand_dims(channel, 1)
     lane = lane + channel * 0
+    row_lane = (channel - first_channel + lane * 0) % CHANNELS
     exists = channel < end_channel
     zero = lane.to(gl.float32) * 0
     bias_c = zero
@@ -201,6 +241,12 @@ def scan_forward(
     D_c = zero
     if HAS_D:
         D_c = gl.load(D + channel + lane * 0, mask=exists, other=0.0)
+    # The next tile's operands are under way while this one's states are worked on.
+    first = ((TILES - 1 - first_tile) if REVERSE else first_tile) * T
+    delta_tile = load_tile(delta, row, first, L, exists3, WHOLE, K, LANES, CHANNELS, WARPS)
+    u_tile = load_tile(u, row, first, L, exists3, WHOLE, K, LANES, CHANNELS, WARPS)
+
+    await_turn(progress, work, unit, UNITS)
     a_rows = ()
     carries = ()
     for block in gl.static_range(0, BLOCKS):
@@ -208,13 +254,10 @@ def scan_forward(
         there = exists & (n < N)
         a_rows = a_rows + (gl.load(A2 + channel * N + n, mask=there, other=0.0),)
         state_place = (batch * E + channel) * N + n
-        carries = carries + (gl.load(state_in + state_place, mask=there, other=0.0),)
+        state = entering_state(state_in, state_out, state_place, there, unit, UNITS)
+        carries = carries + (state,)
 
-    # The next tile's operands are under way while this one's states are worked on.
-    first = (TILES - 1) * T if REVERSE else 0
-    delta_tile = load_tile(delta, row, first, L, exists3, WHOLE, K, LANES, CHANNELS, WARPS)
-    u_tile = load_tile(u, row, first, L, exists3, WHOLE, K, LANES, CHANNELS, WARPS)
-    for i in range(0, TILES):
+    for i in range(first_tile, end_tile):
         tile = i
         if REVERSE:
             tile = TILES - 1 - i
@@ -259,44 +302,35 @@ def scan_forward(
         if HAS_Z:
             z_tile = load_tile(z, row, first, L, exists3, WHOLE, K, LANES, CHANNELS, WARPS)
 
+        segment_row = ((batch * SEGMENTS + tile * SPLIT) * E + channel) * N
         new_carries = ()
         for block in gl.static_range(0, BLOCKS):
             carry = carries[block]
-            n = block * LANES + lane
-            there = exists & (n < N)
-            segment = (batch * TILES + tile) * SPLIT
-            if SEGMENT:
-                entered = segment + (SPLIT - 1 if REVERSE else 0)
-                gl.store(saved + (entered * E + channel) * N + n, carry, mask=there)
-            middle = ()
-            for _ in gl.static_range(0, SPLIT - 1):
-                middle = middle + (zero,)
             if HAS_MARKS:
                 if marked != 0:
-                    ys, carry, middle, slot = _states(
-                        ys, carry, middle, dts, xs, total, restart, a_rows[block], ring,
-                        coefficients, slot, lane, min(NP - block * LANES, LANES),
-                        True, REVERSE, SPLIT, TILES, NP, SLOTS, STATES, 1,
-                        K, LANES, CHANNELS, WARPS,
+                    ys, carry, fetched = _all_states(
+                        ys, carry, dts, xs, total, restart, a_rows[block], B_here, C_here,
+                        B_there, C_there, B, C, BC_row, fetched, lane, row_lane,
+                        saved + segment_row, exists, block * LANES,
+                        min(NP - block * LANES, LANES), True, REVERSE, SPLIT, TILES, N, NP, E * N,
+                        STATES, 1, K, LANES, CHANNELS, WARPS,
                     )  # fmt: skip
                 else:
-                    ys, carry, middle, slot = _states(
-                        ys, carry, middle, dts, xs, total, restart, a_rows[block], ring,
-                        coefficients, slot, lane, min(NP - block * LANES, LANES),
-                        False, REVERSE, SPLIT, TILES, NP, SLOTS, STATES, TOGETHER,
-                        K, LANES, CHANNELS, WARPS,
+                    ys, carry, fetched = _all_states(
+                        ys, carry, dts, xs, total, restart, a_rows[block], B_here, C_here,
+                        B_there, C_there, B, C, BC_row, fetched, lane, row_lane,
+                        saved + segment_row, exists, block * LANES,
+                        min(NP - block * LANES, LANES), False, REVERSE, SPLIT, TILES, N, NP, E * N,
+                        STATES, TOGETHER, K, LANES, CHANNELS, WARPS,
                     )  # fmt: skip
             else:
-                ys, carry, middle, slot = _states(
-                    ys, carry, middle, dts, xs, total, restart, a_rows[block], ring,
-                    coefficients, slot, lane, min(NP - block * LANES, LANES),
-                    False, REVERSE, SPLIT, TILES, NP, SLOTS, STATES, TOGETHER,
-                    K, LANES, CHANNELS, WARPS,
+                ys, carry, fetched = _all_states(
+                    ys, carry, dts, xs, total, restart, a_rows[block], B_here, C_here,
+                    B_there, C_there, B, C, BC_row, fetched, lane, row_lane, saved + segment_row,
+                    exists, block * LANES,
+                    min(NP - block * LANES, LANES), False, REVERSE, SPLIT, TILES, N, NP, E * N,
+                    STATES, TOGETHER, K, LANES, CHANNELS, WARPS,
                 )  # fmt: skip
-            if SEGMENT:
-                for j in gl.static_range(0, SPLIT - 1):
-                    entered = segment + j + (0 if REVERSE else 1)
-                    gl.store(saved + (entered * E + channel) * N + n, middle[j], mask=there)
             new_carries = new_carries + (carry,)
         carries = new_carries
 
@@ -315,3 +349,4 @@ def scan_forward(
         n = block * LANES + lane
         place = (batch * E + channel) * N + n
         gl.store(state_out + place, carries[block], mask=exists & (n < N))
+    finish_unit(progress, work, UNITS)

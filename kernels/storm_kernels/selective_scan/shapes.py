@@ -30,25 +30,26 @@ class GpuSweep:
         steps, lanes: a thread's steps and a channel's lanes; a tile is steps * lanes.
         channels: of a warp; lanes * channels = 32.
         warps: of a program.
-        slots, states: slots of the ring of coefficients, and states in each.
+        states: whose coefficients are copied at a time, into one of two buffers.
         together: states that a warp works on at once.
         registers: the most that a thread may use; None leaves it to the compiler.
+        unit: tiles of a unit (`gluon_units`); None is the whole sequence.
     """
 
     steps: int
     lanes: int
     channels: int
     warps: int
-    slots: int
     states: int
     together: int
     registers: int | None = None
+    unit: int | None = None
 
     def constants(self) -> dict[str, int]:
         """The kernels' compile-time parameters."""
         return dict(
             K=self.steps, LANES=self.lanes, CHANNELS=self.channels, WARPS=self.warps,
-            SLOTS=self.slots, STATES=self.states, TOGETHER=self.together,
+            STATES=self.states, TOGETHER=self.together,
         )  # fmt: skip
 
 
@@ -80,29 +81,58 @@ class GpuBackward:
         return dict(K=self.steps, LANES=self.lanes, CHANNELS=self.channels, WARPS=self.warps)
 
 
-# H100, bf16, all operands, medians in ms (benchmarks/results/scan_gpu_tuning.json). Each of a
-# multiprocessor's four schedulers has 16384 registers: up to 168 of a thread three warps fit on
-# one, up to 128 four. Without a limit the compiler takes a few more than 168 and loses a third.
-#   B=1 L=65536 E=2304 (2.2 warps a scheduler): 168: 1.89, none: 2.48, 224: 2.24; 4 warps: 2.04
-#   B=1 L=32768 E=7168 (6.8): 128: 2.43, none: 2.64, 1 warp and 168: 2.85, 4 warps and 128: 2.45
-_SWEEP_FEW = GpuSweep(
-    steps=16, lanes=16, channels=2, warps=2, slots=3, states=4, together=1, registers=168
+# H100, bf16, all operands (benchmarks/results/scan_gpu_tuning.json has the milliseconds). Each of
+# a multiprocessor's four schedulers has 16384 registers: up to 255 of a thread two warps fit on
+# one, up to 168 three, up to 128 four.
+_FORWARD_FEW = GpuSweep(
+    steps=16, lanes=16, channels=2, warps=2, states=8, together=2, registers=255
 )
-_SWEEP_MANY = dataclasses.replace(_SWEEP_FEW, registers=128)
-# The adjoint's sweep, ms with one, two and four states at once: 1.58, 1.44, 1.43; second shape 1.72
-# and 1.61 with one and two. Forward there is no difference.
-ADJOINT_TOGETHER = 2
-# The same, first shape: lanes 8: 5.55, 16: 6.01, 32: 6.21; 8 warps and 128 registers: 8.99.
-GPU_BACKWARD = GpuBackward(steps=8, lanes=8, channels=4, warps=4, states=16)
+_FORWARD_MANY = dataclasses.replace(_FORWARD_FEW, together=1, registers=168)
+_ADJOINT_FEW = GpuSweep(
+    steps=16, lanes=32, channels=1, warps=4, states=4, together=1, registers=128
+)
+_ADJOINT_MANY = GpuSweep(
+    steps=16, lanes=16, channels=2, warps=2, states=4, together=2, registers=128
+)
+_SCHEDULERS = 4 * 132
+# Milliseconds at B=1 L=65536 E=2304: registers 168: 4.45, none: 4.56, 200: 4.87, 128: 5.56.
+GPU_BACKWARD = GpuBackward(steps=8, lanes=8, channels=4, warps=4, states=16, registers=168)
 
 
-def gpu_sweep(rows: int) -> GpuSweep:
-    """The cut of the sweeps.
+def forward_sweep(rows: int, length: int) -> GpuSweep:
+    """The cut of `gluon_forward`.
 
     Args:
         rows: batch * channels.
+        length: of a sequence.
     """
-    return _SWEEP_MANY if rows > 3 * 4 * 132 * _SWEEP_FEW.channels else _SWEEP_FEW
+    many = rows >= 3 * _SCHEDULERS * _FORWARD_MANY.channels
+    return _in_units(_FORWARD_MANY if many else _FORWARD_FEW, rows, length)
+
+
+def adjoint_sweep(rows: int, length: int) -> GpuSweep:
+    """The cut of `gluon_adjoint`; arguments as of `forward_sweep`."""
+    many = rows >= 4 * _SCHEDULERS * _ADJOINT_MANY.channels
+    return _in_units(_ADJOINT_MANY if many else _ADJOINT_FEW, rows, length)
+
+
+def _in_units(sweep: GpuSweep, rows: int, length: int) -> GpuSweep:
+    """A sweep with its unit, where there are more warps than fit at once, but not many times more.
+
+    Then whole sequences would fill the last round of programs badly (`gluon_units`).
+    """
+    warps = -(-rows // sweep.channels)
+    resident = _SCHEDULERS * (512 // (sweep.registers or 255))
+    if warps <= resident or warps > 8 * resident:
+        return sweep
+    steps = min(4096, max(1024, length // 8))
+    return dataclasses.replace(sweep, unit=steps // (sweep.steps * sweep.lanes))
+
+
+def gpu_segments(length: int) -> int:
+    """States that the GPU kernels save in a sequence: of whole tiles of either sweep."""
+    tile = max(sweep.steps * sweep.lanes for sweep in (_FORWARD_FEW, _ADJOINT_FEW))
+    return -(-length // tile) * (tile // GPU_BACKWARD.segment)
 
 
 def channels_of_a_program(per_group: int, others: int) -> int:
@@ -116,6 +146,6 @@ def channels_of_a_program(per_group: int, others: int) -> int:
         others: programs in the other directions: groups * segments * batch.
     """
     block = 128
-    while block > 8 and others * -(-per_group // block) < 528:
+    while block > 16 and others * -(-per_group // block) < 528:
         block //= 2
     return block

@@ -24,11 +24,12 @@ from storm_kernels.selective_scan.once import not_differentiable
 from storm_kernels.selective_scan.platforms import platform_of
 from storm_kernels.selective_scan.segments import segment_marks
 from storm_kernels.selective_scan.shapes import (
-    ADJOINT_TOGETHER,
     GPU_BACKWARD,
     GpuSweep,
+    adjoint_sweep,
     channels_of_a_program,
-    gpu_sweep,
+    forward_sweep,
+    gpu_segments,
 )
 
 
@@ -83,7 +84,7 @@ def triton_gpu_scan(call: ScanCall) -> tuple[jax.Array, jax.Array]:
     """Runs a validated call in GPU kernels; differentiable once, in reverse mode.
 
     Layout "bdl" is read in place; "bld" is transposed by XLA before and after.
-    `ScanCall.chunk_size` is not used: the tiles are those of `shapes.gpu_sweep`.
+    `ScanCall.chunk_size` is not used: the tiles are those of `shapes.forward_sweep`.
 
     Args:
         call: the operands; see `ScanCall`. No operand is float64.
@@ -224,6 +225,20 @@ def _coefficients(B, C, marks, steps: int, lanes: int):
     return both.transpose(0, 5, 1, 6, 7, 3, 2, 4)
 
 
+def _coefficient_tiles(x, marks, tile: int):
+    """B or C [B, L, K, G] -> float32 [B * K, tiles, states, tile].
+
+    Zero at padding: the kernels multiply by them, and a NaN may stand there.
+    """
+    batch, length, groups, states = x.shape
+    if marks is not None:
+        x = jnp.where((marks == 0)[:, :, None, None], 0.0, x)
+    more = _padded_states(states)
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -length % tile), (0, 0), (0, more - states)))
+    x = x.reshape(batch, -1, tile, groups, more).transpose(0, 3, 1, 4, 2)
+    return x.reshape(batch * groups, -1, more, tile)
+
+
 def _tile_marks(marks, length: int, steps: int):
     """int32 [B, tiles], not 0 where a tile has padding or a restart."""
     tiles = -(-length // steps)
@@ -247,17 +262,16 @@ def _common(static: _Static, arrays: _Arrays) -> dict:
     )
 
 
-def _operands(arrays: _Arrays, steps: int, lanes: int):
-    """A log2 e, the coefficients, D, bias, z, marks and tile marks, with stand-ins for absent."""
+def _operands(arrays: _Arrays, tile: int):
+    """A log2 e, D, bias, z, marks and tile marks, with stand-ins for absent ones."""
     A2 = arrays.A.astype(jnp.float32) * math.log2(math.e)
     marks, tile_marks = arrays.marks, A2
     if marks is None:
         marks = A2
     else:
-        tile_marks = _tile_marks(marks, arrays.u.shape[2], steps * lanes)
+        tile_marks = _tile_marks(marks, arrays.u.shape[2], tile)
     return (
         A2,
-        _coefficients(arrays.B, arrays.C, arrays.marks, steps, lanes),
         A2 if arrays.D is None else arrays.D.astype(jnp.float32),
         A2 if arrays.delta_bias is None else arrays.delta_bias.astype(jnp.float32),
         A2 if arrays.z is None else arrays.z,
@@ -266,71 +280,114 @@ def _operands(arrays: _Arrays, steps: int, lanes: int):
     )
 
 
-def _sweep(arrays: _Arrays) -> tuple[GpuSweep, tuple[int, int], int]:
-    """How a sweep is cut, its grid, and how many segments it writes: those of whole tiles."""
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """How a sweep goes through a call.
+
+    Attributes:
+        sweep: how it is cut.
+        grid: programs, one a unit.
+        progress: what the units count their progress in (`gluon_units`).
+        constants: the kernels' compile-time parameters.
+    """
+
+    sweep: GpuSweep
+    grid: tuple[int]
+    progress: jax.ShapeDtypeStruct
+    constants: dict[str, int]
+
+    @property
+    def tile(self) -> int:
+        """Steps of a tile."""
+        return self.sweep.steps * self.sweep.lanes
+
+    @property
+    def chained(self) -> bool:
+        return self.progress.size > 1
+
+
+def _walk(arrays: _Arrays, choose: Callable[[int, int], GpuSweep]) -> _Walk:
     batch, channels, length = arrays.u.shape
     groups = arrays.B.shape[2]
-    sweep = gpu_sweep(batch * channels)
-    programs = groups * -(-(channels // groups) // (sweep.channels * sweep.warps))
-    tile = sweep.steps * sweep.lanes
-    return sweep, (programs, batch), -(-length // tile) * (tile // GPU_BACKWARD.segment)
+    sweep = choose(batch * channels, length)
+    constants = sweep.constants()
+    # Two buffers of states take turns, in a multiple of four states.
+    padded = _padded_states(arrays.A.shape[1])
+    constants["STATES"] = next(n for n in (sweep.states, 4, 2) if padded % (2 * n) == 0)
+    rows = batch * groups * -(-(channels // groups) // (sweep.channels * sweep.warps))
+    tiles = -(-length // (sweep.steps * sweep.lanes))
+    unit = min(sweep.unit or tiles, tiles)
+    units = -(-tiles // unit)
+    return _Walk(
+        sweep,
+        (rows * units,),
+        jax.ShapeDtypeStruct((1 + rows if units > 1 else 1,), jnp.int32),
+        constants | dict(BATCH=batch, UNIT=unit, SEGMENTS=gpu_segments(length)),
+    )
 
 
 def _forward(static: _Static, arrays: _Arrays, *, save: bool):
     from storm_kernels.selective_scan.gluon_forward import scan_forward
 
-    batch, channels, _ = arrays.u.shape
+    batch, channels, length = arrays.u.shape
     states = arrays.A.shape[1]
-    sweep, grid, segments = _sweep(arrays)
-    A2, BC, D, bias, z, marks, tile_marks = _operands(arrays, sweep.steps, sweep.lanes)
-    saved = (batch, segments, channels, states) if save else (1,)
-    return launch(
+    walk = _walk(arrays, forward_sweep)
+    A2, D, bias, z, marks, tile_marks = _operands(arrays, walk.tile)
+    B, C = (_coefficient_tiles(x, arrays.marks, walk.tile) for x in (arrays.B, arrays.C))
+    saved = (batch, gpu_segments(length), channels, states) if save else (1,)
+    *results, _ = launch(
         scan_forward,
-        grid,
-        sweep.warps,
-        sweep.registers,
-        (arrays.u, arrays.delta, A2, BC, D, bias, z, arrays.initial_state, marks, tile_marks),
+        walk.grid,
+        walk.sweep.warps,
+        walk.sweep.registers,
+        (arrays.u, arrays.delta, A2, B, C, D, bias, z, arrays.initial_state, marks, tile_marks),
         (
             jax.ShapeDtypeStruct(arrays.u.shape, static.output_dtype),
             jax.ShapeDtypeStruct((batch, channels, states), jnp.float32),
             jax.ShapeDtypeStruct(saved, jnp.float32),
+            walk.progress,
         ),
         dict(
             **_common(static, arrays),
             HAS_D=arrays.D is not None,
             REVERSE=static.reverse,
             SEGMENT=GPU_BACKWARD.segment if save else 0,
-            **sweep.constants(),
+            **walk.constants,
         ),
+        zeroed=(3,) if walk.chained else (),
     )
+    return results
 
 
 def _adjoint(static: _Static, arrays: _Arrays, dy, dh):
     """The gradient of the initial state, and of the states at the segments' borders."""
     from storm_kernels.selective_scan.gluon_adjoint import scan_adjoint
 
-    batch, channels, _ = arrays.u.shape
+    batch, channels, length = arrays.u.shape
     states = arrays.A.shape[1]
-    sweep, grid, segments = _sweep(arrays)
-    sweep = dataclasses.replace(sweep, together=ADJOINT_TOGETHER)
-    A2, BC, _, bias, z, marks, tile_marks = _operands(arrays, sweep.steps, sweep.lanes)
-    return launch(
+    walk = _walk(arrays, adjoint_sweep)
+    A2, _, bias, z, marks, tile_marks = _operands(arrays, walk.tile)
+    C = _coefficient_tiles(arrays.C, arrays.marks, walk.tile)
+    dstate, edges, _ = launch(
         scan_adjoint,
-        grid,
-        sweep.warps,
-        sweep.registers,
-        (arrays.delta, A2, BC, bias, z, dy, dh, marks, tile_marks),
+        walk.grid,
+        walk.sweep.warps,
+        walk.sweep.registers,
+        (arrays.delta, A2, C, bias, z, dy, dh, marks, tile_marks),
         (
             jax.ShapeDtypeStruct((batch, channels, states), jnp.float32),
-            jax.ShapeDtypeStruct((batch, segments, channels, states), jnp.float32),
+            jax.ShapeDtypeStruct((batch, gpu_segments(length), channels, states), jnp.float32),
+            walk.progress,
         ),
         dict(
             **_common(static, arrays),
             REVERSE=not static.reverse,
             SEGMENT=GPU_BACKWARD.segment,
-            **sweep.constants(),
+            **walk.constants,
         ),
+        zeroed=(2,) if walk.chained else (),
     )
+    return dstate, edges
 
 
 def _backward(static: _Static, arrays: _Arrays, saved, dy, dh) -> _Arrays:
@@ -387,7 +444,8 @@ def _backward_states(static, arrays, saved, edges, dy, first: int, states: int) 
             C=cut(arrays.C, axis=3),
             D=arrays.D if first == 0 else None,
         )
-    A2, BC, D, bias, z, marks, tile_marks = _operands(part, config.steps, config.lanes)
+    A2, D, bias, z, marks, tile_marks = _operands(part, config.segment)
+    BC = _coefficients(part.B, part.C, part.marks, config.steps, config.lanes)
     groups = arrays.B.shape[2]
     tiles = -(-length // config.segment)
     segments = saved.shape[1]
@@ -416,10 +474,8 @@ def _backward_states(static, arrays, saved, edges, dy, first: int, states: int) 
                 (blocks, batch, groups, tiles, more, 2, config.segment), jnp.float32
             ),
             row_sums(channels, count),
-            nothing if part.D is None else row_sums(config.warps // config.channels, channels),
-            nothing
-            if part.delta_bias is None
-            else row_sums(config.warps // config.channels, channels),
+            nothing if part.D is None else row_sums(channels),
+            nothing if part.delta_bias is None else row_sums(channels),
         ),
         dict(
             **_common(static, part),
@@ -440,9 +496,9 @@ def _backward_states(static, arrays, saved, edges, dy, first: int, states: int) 
         A=jnp.sum(dA[:, :tiles], axis=1),
         B=dBC[0],
         C=dBC[1],
-        D=None if part.D is None else jnp.sum(dD[:, :tiles], axis=(1, 2)),
+        D=None if part.D is None else jnp.sum(dD[:, :tiles], axis=1),
         z=None if part.z is None else dz,
-        delta_bias=None if part.delta_bias is None else jnp.sum(dbias[:, :tiles], axis=(1, 2)),
+        delta_bias=None if part.delta_bias is None else jnp.sum(dbias[:, :tiles], axis=1),
         initial_state=None,  # pyrefly: ignore[bad-argument-type]
         marks=None,
     )
@@ -479,7 +535,10 @@ def _triton_call() -> Callable:
     return jax_triton.triton_call
 
 
-def launch(kernel, grid, warps: int, registers: int | None, operands, results, constants: dict):
+def launch(
+    kernel, grid, warps: int, registers: int | None, operands, results, constants: dict,
+    zeroed: tuple[int, ...] = (),
+):  # fmt: skip
     """Calls a Gluon kernel through jax-triton.
 
     Args:
@@ -490,6 +549,7 @@ def launch(kernel, grid, warps: int, registers: int | None, operands, results, c
         operands: arrays.
         results: shapes and dtypes of what the kernel writes.
         constants: compile-time parameters by name.
+        zeroed: numbers of the results that are zero before the kernel runs.
 
     Returns:
         The results, varying over the manual mesh axes of the operands.
@@ -505,6 +565,7 @@ def launch(kernel, grid, warps: int, registers: int | None, operands, results, c
         num_warps=warps,
         name=kernel.__name__,
         backend_options=options,
+        zeroed_outputs=zeroed,
         **constants,
     )
     axes = frozenset().union(*(varying_axes(x) for x in operands))
