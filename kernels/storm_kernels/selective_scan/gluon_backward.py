@@ -32,6 +32,7 @@ from storm_kernels.selective_scan.gluon_lanes import (
     keep,
     lane_sum,
     load_marks,
+    onward,
     ordered,
     peel,
     row_layout,
@@ -53,16 +54,24 @@ _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or (
 @gluon.constexpr_function
 def _cube(lanes, channels, warps):
     """[warps, channels, lanes]: one register a thread."""
-    return gl.BlockedLayout([1, 1, 1], [1, channels, lanes], [warps, 1, 1], [2, 1, 0])
+    return gl.BlockedLayout([1, 1, 1], [1, channels, lanes], [warps, 1, 1], [1, 2, 0])
+
+
+@gluon.constexpr_function
+def _tiles(steps, lanes, channels, warps):
+    """[warps, lanes, channels, steps]: `steps` in registers, as in `tile_layout`."""
+    return gl.BlockedLayout(
+        [1, 1, 1, steps], [1, lanes, channels, 1], [warps, 1, 1, 1], [3, 2, 1, 0]
+    )
 
 
 @gluon.constexpr_function
 def _party(steps, lanes, channels, warps):
-    """[channels, steps / 4, lanes, 4] of the party that a warp looks at."""
+    """[steps / 4, lanes, channels, 4] of the party that a warp looks at."""
     return gl.SliceLayout(
         0,
         gl.BlockedLayout(
-            [1, 1, steps // 4, 1, 4], [1, channels, 1, lanes, 1], [warps, 1, 1, 1, 1],
+            [1, steps // 4, 1, 1, 4], [1, 1, lanes, channels, 1], [warps, 1, 1, 1, 1],
             [4, 3, 2, 1, 0],
         ),
     )  # fmt: skip
@@ -75,7 +84,7 @@ def _coefficients(steps, lanes, channels, warps):
         1,
         gl.BlockedLayout(
             [1, 1, steps // 4, 1, 4], [1, channels, 1, lanes, 1], [warps, 1, 1, 1, 1],
-            [4, 3, 2, 1, 0],
+            [4, 1, 3, 2, 0],
         ),
     )  # fmt: skip
 
@@ -100,6 +109,23 @@ def _warp():
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def _half_assembly(reverse):
+    flip = " xor.b32 t, t, 1;" if reverse else ""
+    return (
+        "{ .reg .u32 t; mov.u32 t, %tid.x;"
+        f" shr.u32 t, t, 4; and.b32 t, t, 1;{flip} mov.b32 $0, t; }}"
+    )
+
+
+@gluon.jit
+def _half(REVERSE: gl.constexpr):
+    """0 in the half of a row's lanes that the scan meets first, 1 in the other; see `_warp`."""
+    return gl.inline_asm_elementwise(
+        _half_assembly(REVERSE), "=r", [], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
 @gluon.jit
 def _in_cube(x, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr):
     """[rows, lanes] -> [warps, channels, lanes]."""
@@ -112,12 +138,12 @@ def _read_party(
     memory, party,
     K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Number `party` of shared [rows, K / 4, LANES, 4] -> K tensors [1, CHANNELS, LANES]."""
+    """Number `party` of shared [W, K / 4, LANES, C, 4] -> K tensors [1, CHANNELS, LANES]."""
     cube: gl.constexpr = _cube(LANES, CHANNELS, WARPS)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    parties = _reinterpret(memory, gl.float32, [WARPS, CHANNELS, K // 4, LANES, 4], plain)
+    parties = _reinterpret(memory, gl.float32, [WARPS, K // 4, LANES, CHANNELS, 4], plain)
     x = parties.index(party).load(_party(K, LANES, CHANNELS, WARPS))
-    x = peel(gl.reshape(gl.permute(x, (0, 2, 1, 3)), [CHANNELS, LANES, K]), gl.SliceLayout(0, cube))
+    x = peel(gl.reshape(gl.permute(x, (2, 1, 0, 3)), [CHANNELS, LANES, K]), gl.SliceLayout(0, cube))
     out = ()
     for k in gl.static_range(0, K):
         out = out + (gl.expand_dims(x[k], 0),)
@@ -143,75 +169,81 @@ def _write_rows(
     memory, steps,
     K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """K tensors [rows, lanes] or [warps, channels, lanes] -> shared [rows, K / 4, LANES, 4]."""
+    """K tensors [rows, lanes] or [warps, channels, lanes] -> shared [W, K / 4, LANES, C, 4].
+
+    16 bytes of neighbouring threads are neighbours: no bank conflicts.
+    """
     ROWS: gl.constexpr = WARPS * CHANNELS
     rows = ()
     for k in gl.static_range(0, K):
         rows = rows + (gl.reshape(steps[k], [ROWS, LANES]),)
     x = wrap(rows, K, tile_layout(K, LANES, CHANNELS, WARPS))
-    x = gl.permute(gl.reshape(x, [ROWS, LANES, K // 4, 4]), (0, 2, 1, 3))
+    x = gl.permute(gl.reshape(x, [WARPS, CHANNELS, LANES, K // 4, 4]), (0, 3, 2, 1, 4))
     memory.store(x)
 
 
 @gluon.constexpr_function
-def _enter_assembly(levels, reverse, restarts):
+def _bound(lanes, stride, direction):
+    return (32 - lanes * stride) << 8 | (31 if direction == "down" else 0)
+
+
+@gluon.constexpr_function
+def _enter_assembly(levels, stride, reverse, restarts):
     """The states with which the lanes are entered, the scan's and the adjoint's, side by side."""
     lanes = 1 << levels
     directions = ("down", "up") if reverse else ("up", "down")
-    lines = ["{ .reg .pred q; .reg .f32 t;"]
+    firsts = (lanes - 1, 0) if reverse else (0, lanes - 1)
+    lines = ["{ .reg .pred p; .reg .f32 t, d, h, g;"]
+    lines.append("mov.f32 h, $2; mov.f32 g, $3;")
 
-    def shuffle(i, source, distance):
-        bound = (32 - lanes) << 8 | (31 if directions[i] == "down" else 0)
-        lines.append(
-            f"shfl.sync.{directions[i]}.b32 t|q, {source}, {distance}, {bound}, 0xffffffff;"
-        )
+    def shuffle(i, target, source, distance):
+        end = f"{distance * stride}, {_bound(lanes, stride, directions[i])}, 0xffffffff;"
+        lines.append(f"shfl.sync.{directions[i]}.b32 {target}, {source}, {end}")
+
+    def add(i, decay, source):
+        if restarts:  # zero times an infinite state would be no number
+            lines.append(f"setp.neu.and.f32 p, {decay}, 0f00000000, p;")
+        lines.append(f"@p fma.rn.f32 {'hg'[i]}, {decay}, {source}, {'hg'[i]};")
 
     for i in range(2):
-        shuffle(i, f"${2 + i}", 1)
-        lines.append(f"selp.f32 ${i}, t, ${4 + i}, q;")
+        lines.append(f"setp.eq.u32 p, $6, {firsts[i]};")
+        add(i, "$7", f"${4 + i}")
     for level in range(levels):
+        distance = 1 << level
+        if level:
+            # The decay of the lanes from this one onward is that of the last of them backward.
+            shuffle(1, "d", f"${7 + level}", distance - 1)
         for i in range(2):
-            decay = f"${6 + i * levels + level}"
-            shuffle(i, f"${i}", 1 << level)
-            if restarts:  # zero times an infinite state would be no number
-                lines.append(f"setp.neu.and.f32 q, {decay}, 0f00000000, q;")
-            lines.append(f"@q fma.rn.f32 ${i}, {decay}, t, ${i};")
+            shuffle(i, "t|p", "hg"[i], distance)
+            add(i, "d" if i and level else f"${7 + level}", "t")
+    for i in range(2):
+        shuffle(i, "t|p", "hg"[i], 1)
+        lines.append(f"selp.f32 ${i}, t, ${4 + i}, p;")
     return "\n".join([*lines, "}"])
 
 
 @gluon.constexpr_function
 def _enter_constraints(levels):
-    return "=&f,=&f" + ",f" * (4 + 2 * levels)
+    return "=&f,=&f,f,f,f,f,r" + ",f" * levels
 
 
 @gluon.jit
 def _enter(
-    h, q, h_in, q_in, decays, LANES: gl.constexpr, REVERSE: gl.constexpr, RESTARTS: gl.constexpr
-):
+    h, q, h_in, q_in, lane, decays,
+    LANES: gl.constexpr, CHANNELS: gl.constexpr, REVERSE: gl.constexpr, RESTARTS: gl.constexpr,
+):  # fmt: skip
     """The state before a lane's first step, and the adjoint after its last.
 
     Args:
         h, q: what a lane's steps make of zero.
-        h_in, q_in: what the first lane (the last) is entered with.
-        decays: of the 1, 2, 4 ... lanes before a lane, then of those after it. Where one is zero
-            nothing from beyond is looked at, be it infinite (RESTARTS).
+        h_in, q_in: what the first lane (the last) is entered with; not looked at in others.
+        decays: a tuple, of the 1, 2, 4 ... lanes up to this one. Where one is zero nothing from
+            before is looked at, be it infinite (RESTARTS).
     """
-    LEVELS: gl.constexpr = _levels(LANES)
-    operands = [h, q, h_in, q_in]
-    if LEVELS == 2:
-        operands = [h, q, h_in, q_in, decays[0], decays[1], decays[2], decays[3]]
-    if LEVELS == 3:
-        operands = [
-            h, q, h_in, q_in, decays[0], decays[1], decays[2], decays[3], decays[4], decays[5],
-        ]  # fmt: skip
-    if LEVELS == 4:
-        operands = [
-            h, q, h_in, q_in, decays[0], decays[1], decays[2], decays[3], decays[4], decays[5],
-            decays[6], decays[7],
-        ]  # fmt: skip
+    operands = (h, q, h_in, q_in, lane) + decays
     return gl.inline_asm_elementwise(
-        _enter_assembly(LEVELS, REVERSE, RESTARTS), _enter_constraints(LEVELS), operands,
-        dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+        _enter_assembly(_levels(LANES), CHANNELS, REVERSE, RESTARTS),
+        _enter_constraints(_levels(LANES)), operands, dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
     )  # fmt: skip
 
 
@@ -238,35 +270,24 @@ def _pinned(steps, K: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _far_assembly(lanes, distance, direction):
-    bound = (32 - lanes) << 8 | (31 if direction == "down" else 0)
-    return f"shfl.sync.{direction}.b32 $0, $1, {distance}, {bound}, 0xffffffff;"
-
-
-@gluon.constexpr_function
-def _side(back, reverse):
-    return "down" if bool(reverse) != bool(back) else "up"
+def _far_assembly(lanes, stride, distance, direction):
+    bound = _bound(lanes, stride, direction)
+    return f"shfl.sync.{direction}.b32 $0, $1, {distance * stride}, {bound}, 0xffffffff;"
 
 
 @gluon.jit
-def _spans(x, LANES: gl.constexpr, REVERSE: gl.constexpr):
-    """Sums of x over the 1, 2, 4 ... lanes before a lane, then over those after it.
+def _spans(x, LANES: gl.constexpr, CHANNELS: gl.constexpr, REVERSE: gl.constexpr):
+    """Sums of x over the 1, 2, 4 ... lanes up to this one, in the direction of the scan.
 
-    A lane with fewer gets anything finite.
+    Where there are fewer lanes a sum is anything finite.
     """
-    out = ()
-    for back in gl.static_range(0, 2):
-        span = gl.inline_asm_elementwise(
-            _far_assembly(LANES, 1, _side(back, REVERSE)), "=f,f", [x],
+    out = (x,)
+    for level in gl.static_range(1, _levels(LANES)):
+        x = x + gl.inline_asm_elementwise(
+            _far_assembly(LANES, CHANNELS, 1 << (level - 1), onward(REVERSE)), "=f,f", [x],
             dtype=gl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-        out = out + (span,)
-        for level in gl.static_range(1, _levels(LANES)):
-            span = span + gl.inline_asm_elementwise(
-                _far_assembly(LANES, 1 << (level - 1), _side(back, REVERSE)), "=f,f", [span],
-                dtype=gl.float32, is_pure=True, pack=1,
-            )  # fmt: skip
-            out = out + (span,)
+        out = out + (x,)
     return out
 
 
@@ -284,31 +305,32 @@ def _total(steps, K: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _four_sums_assembly(lanes):
+def _four_sums_assembly(lanes, stride):
     half, quarter = lanes // 2, lanes // 4
+    far, near = half * stride, quarter * stride
     lines = [
         "{ .reg .pred p, r; .reg .u32 l; .reg .f32 a, b, c, d;",
         f"and.b32 l, $5, {half}; setp.ne.u32 p, l, 0;",
         f"and.b32 l, $5, {quarter}; setp.ne.u32 r, l, 0;",
         "selp.f32 a, $3, $1, p; selp.f32 b, $4, $2, p;",
         "selp.f32 c, $1, $3, p; selp.f32 d, $2, $4, p;",
-        f"shfl.sync.bfly.b32 c, c, {half}, 31, 0xffffffff; add.f32 a, a, c;",
-        f"shfl.sync.bfly.b32 d, d, {half}, 31, 0xffffffff; add.f32 b, b, d;",
+        f"shfl.sync.bfly.b32 c, c, {far}, 31, 0xffffffff; add.f32 a, a, c;",
+        f"shfl.sync.bfly.b32 d, d, {far}, 31, 0xffffffff; add.f32 b, b, d;",
         "selp.f32 c, b, a, r; selp.f32 d, a, b, r;",
-        f"shfl.sync.bfly.b32 d, d, {quarter}, 31, 0xffffffff; add.f32 $0, c, d;",
+        f"shfl.sync.bfly.b32 d, d, {near}, 31, 0xffffffff; add.f32 $0, c, d;",
     ]
-    distance = quarter // 2
-    while distance:
+    distance = near // 2
+    while distance >= stride:
         lines.append(f"shfl.sync.bfly.b32 d, $0, {distance}, 31, 0xffffffff; add.f32 $0, $0, d;")
         distance //= 2
     return "\n".join([*lines, "}"])
 
 
 @gluon.jit
-def _four_sums(x, lane, LANES: gl.constexpr):
+def _four_sums(x, lane, LANES: gl.constexpr, CHANNELS: gl.constexpr):
     """The sums of four tensors over the lanes of a row: lane i has that of number 4 i // LANES."""
     return gl.inline_asm_elementwise(
-        _four_sums_assembly(LANES), "=&f,f,f,f,f,r", [x[0], x[1], x[2], x[3], lane],
+        _four_sums_assembly(LANES, CHANNELS), "=&f,f,f,f,f,r", [x[0], x[1], x[2], x[3], lane],
         dtype=gl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
@@ -327,8 +349,8 @@ def _stage(
     """Shared memory for `_fetch_rows`; for operands that are not staged anything."""
     if _is_staged(pointer.dtype, WHOLE):
         out = gl.allocate_shared_memory(
-            pointer.dtype.element_ty, [WARPS * CHANNELS, LANES, K],
-            gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]),
+            pointer.dtype.element_ty, [WARPS, LANES, CHANNELS, K],
+            gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
         )  # fmt: skip
     else:
         out = pointer
@@ -347,18 +369,28 @@ def _load_rows(
     stage, pointer, place, there, WHOLE: gl.constexpr,
     K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The parties' steps [rows, lanes, K], copied before or loaded now.
+    """The parties' steps [warps, lanes, channels, K], copied before or loaded now.
 
     One offset serves all operands and is added last: a sum of pointer and lane would stay in two
     registers of each thread, for every operand.
     """
     if _is_staged(pointer.dtype, WHOLE):
-        x = stage.load(tile_layout(K, LANES, CHANNELS, WARPS))
+        x = stage.load(_tiles(K, LANES, CHANNELS, WARPS))
     elif WHOLE:
         x = gl.load(pointer + place)
     else:
         x = gl.load(pointer + place, mask=there, other=0.0)
     return x
+
+
+@gluon.jit
+def _steps_of(
+    x, K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr
+):
+    """What `_load_rows` gave as K float32 tensors [rows, lanes]."""
+    x = gl.reshape(gl.permute(x, (0, 2, 1, 3)), [WARPS * CHANNELS, LANES, K])
+    x = gl.convert_layout(x, tile_layout(K, LANES, CHANNELS, WARPS), assert_trivial=True)
+    return steps_of(x, LANES, CHANNELS, WARPS)
 
 
 @gluon.jit
@@ -368,6 +400,8 @@ def _store_rows(
 ):  # fmt: skip
     """K float32 tensors [rows, lanes], rounded, to where `_load_rows` reads."""
     x = wrap(steps, K, tile_layout(K, LANES, CHANNELS, WARPS)).to(pointer.dtype.element_ty)
+    x = gl.permute(gl.reshape(x, [WARPS, CHANNELS, LANES, K]), (0, 2, 1, 3))
+    x = gl.convert_layout(x, _tiles(K, LANES, CHANNELS, WARPS), assert_trivial=True)
     if WHOLE:
         gl.store(pointer + place, x)
     else:
@@ -375,15 +409,35 @@ def _store_rows(
 
 
 @gluon.jit
+def _load_channels(pointer, channel, there, WHOLE: gl.constexpr):
+    if WHOLE:
+        x = gl.load(pointer + channel)
+    else:
+        x = gl.load(pointer + channel, mask=there, other=0.0)
+    return x
+
+
+@gluon.jit
+def _read_sums(
+    memory, giver, HAS_Z: gl.constexpr,
+    K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The three sums over states that warp number `giver` left; without z the third is nothing."""
+    dxs = _read_party(memory[0], giver, K, LANES, CHANNELS, WARPS)
+    exponents = _read_party(memory[1], giver, K, LANES, CHANNELS, WARPS)
+    ys = dxs
+    if HAS_Z:
+        ys = _read_party(memory[2], giver, K, LANES, CHANNELS, WARPS)
+    return dxs, exponents, ys
+
+
+@gluon.jit
 def _load_states(
-    source, place, there, EVERY: gl.constexpr, SP: gl.constexpr,
+    source, place, there, SP: gl.constexpr,
     LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """A warp's states of a party from [.., E, N]: SP tensors [warps, channels, lanes]."""
-    if EVERY:
-        x = gl.load(source + place)
-    else:
-        x = gl.load(source + place, mask=there, other=0.0)
+    x = gl.load(source + place, mask=there, other=0.0)
     if SP == 1:
         rows = (gl.reshape(x, [WARPS * CHANNELS, LANES]),)
     else:
@@ -410,7 +464,7 @@ def _own_states(states, lanes, channels, warps):
         gl.SliceLayout(
             0,
             gl.BlockedLayout(
-                [1, 1, 1, states], [1, channels, lanes, 1], [warps, 1, 1, 1], [3, 2, 1, 0]
+                [1, 1, 1, states], [1, channels, lanes, 1], [warps, 1, 1, 1], [3, 1, 2, 0]
             ),
         ),
     )
@@ -418,14 +472,15 @@ def _own_states(states, lanes, channels, warps):
 
 @gluon.jit
 def _fetch_states(
-    memory, slot, A2, saved, edges, first_channel, segment,
-    E: gl.constexpr, N: gl.constexpr, STATES: gl.constexpr, CHANNELS: gl.constexpr,
+    memory, slot, A2, saved, edges, first_channel,
+    N: gl.constexpr, STATES: gl.constexpr, CHANNELS: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """Starts to copy A2, the saved states and the edges of all parties.
 
     Args:
-        memory: three of shared float32 [2, parties, warps, channels, states].
+        memory: shared float32 [2, parties, warps, channels, states] for A2 and [4, ...] for the
+            others: slots of saved states and edges alternate.
         slot: 0 or 1, where they go.
     """
     layout: gl.constexpr = _copied_states(STATES, CHANNELS, WARPS)
@@ -440,20 +495,18 @@ def _fetch_states(
     place = gl.expand_dims(place, 3) + gl.expand_dims(gl.expand_dims(gl.expand_dims(j, 0), 1), 2)
     place = first_channel * N + place
     copy_to_shared(memory[0].index(slot), A2 + place, cache_modifier=".ca")
-    place = segment * (E * N) + place
-    copy_to_shared(memory[1].index(slot), saved + place, cache_modifier=".ca")
-    copy_to_shared(memory[2].index(slot), edges + place, cache_modifier=".ca")
+    copy_to_shared(memory[1].index(2 * slot), saved + place, cache_modifier=".ca")
+    copy_to_shared(memory[1].index(2 * slot + 1), edges + place, cache_modifier=".ca")
 
 
 @gluon.jit
 def _fetch(
-    stages, u, delta, dy, z, fetched, slot, A2, saved, edges, batch, segment, first_channel,
-    step, row,
-    E: gl.constexpr, L: gl.constexpr, N: gl.constexpr, STATES: gl.constexpr, WHOLE: gl.constexpr,
+    stages, u, delta, dy, z, fetched, slot, A2, saved, edges, first_channel, step, row,
+    L: gl.constexpr, N: gl.constexpr, STATES: gl.constexpr, WHOLE: gl.constexpr,
     EVERY: gl.constexpr, HAS_Z: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Starts to copy what the parties from `first_channel` need, as one commit group."""
-    place = (batch * E + first_channel + row) * L + step
+    place = (first_channel + row) * L + step
     _fetch_rows(stages[0], u, place, WHOLE)
     _fetch_rows(stages[1], delta, place, WHOLE)
     _fetch_rows(stages[2], dy, place, WHOLE)
@@ -461,20 +514,20 @@ def _fetch(
         _fetch_rows(stages[3], z, place, WHOLE)
     if EVERY:
         _fetch_states(
-            fetched, slot, A2, saved, edges, first_channel, segment, E, N, STATES, CHANNELS, WARPS
+            fetched, slot, A2, saved, edges, first_channel, N, STATES, CHANNELS, WARPS
         )
     async_copy.commit_group()
 
 
 @gluon.jit
 def _read_states(
-    memory, slot, party, warp, FIRST: gl.constexpr, COUNT: gl.constexpr, STATES: gl.constexpr,
+    memory, slot, party, warp, SLOTS: gl.constexpr, FIRST: gl.constexpr, COUNT: gl.constexpr, STATES: gl.constexpr,
     LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """COUNT of a warp's states of a party, from number FIRST: tensors [1, channels, 1]."""
     cube: gl.constexpr = _cube(LANES, CHANNELS, WARPS)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    mine = _reinterpret(memory, gl.float32, [2 * WARPS * WARPS, CHANNELS, STATES], plain)
+    mine = _reinterpret(memory, gl.float32, [SLOTS * WARPS * WARPS, CHANNELS, STATES], plain)
     mine = mine.index((slot * WARPS + party) * WARPS + warp)
     x = mine.slice(FIRST, COUNT, 1).load(_own_states(COUNT, LANES, CHANNELS, WARPS))
     x = gl.expand_dims(x, 1)
@@ -511,17 +564,16 @@ def _turn(
         if EVERY:
             if j % TOGETHER == 0:
                 As = _read_states(
-                    states[0], slot, mine, warp, j, TOGETHER, STATES, LANES, CHANNELS, WARPS
+                    states[0], slot, mine, warp, 2, j, TOGETHER, STATES, LANES, CHANNELS, WARPS
                 )
-                hs = _read_states(
-                    states[1], slot, mine, warp, j, TOGETHER, STATES, LANES, CHANNELS, WARPS
-                )
-                qs = _read_states(
-                    states[2], slot, mine, warp, j, TOGETHER, STATES, LANES, CHANNELS, WARPS
-                )
+                # Only the row's first lane needs the state, only its last one the adjoint.
+                ends = _read_states(
+                    states[1], 2 * slot + _half(REVERSE), mine, warp, 4, j, TOGETHER,
+                    STATES, LANES, CHANNELS, WARPS,
+                )  # fmt: skip
             a = As[j % TOGETHER]
-            h_in = hs[j % TOGETHER]
-            q_in = qs[j % TOGETHER]
+            h_in = ends[j % TOGETHER]
+            q_in = h_in
         else:
             a = states[0][j]
             h_in = states[1][j]
@@ -534,7 +586,7 @@ def _turn(
             decays = decays + (exp2(dts[k] * a),)
             inflows = inflows + (xs[k] * B_n[k],)
         span_decays = ()
-        for i in gl.static_range(0, 2 * _levels(LANES)):
+        for i in gl.static_range(0, _levels(LANES)):
             span_decay = exp2(spans[i] * a)
             if RESTARTS:
                 span_decay = gl.where(restarts[i] > 0, 0.0, span_decay)
@@ -548,14 +600,19 @@ def _turn(
         back_C = ordered(C_n, K, not REVERSE)
         back_dys = ordered(dys, K, not REVERSE)
         h = on_inflows[0]
-        q = back_decays[0] * (back_C[0] * back_dys[0])
-        q = unless(q, restart, in_order(0, K, not REVERSE), RESTARTS)
+        g = back_C[0] * back_dys[0]
         for step in gl.static_range(1, K):
             h = unless(h, restart, in_order(step, K, REVERSE), RESTARTS)
             h = on_decays[step] * h + on_inflows[step]
-            q = back_decays[step] * (back_C[step] * back_dys[step] + q)
-            q = unless(q, restart, in_order(step, K, not REVERSE), RESTARTS)
-        h, q = _enter(h, q, h_in, q_in, span_decays, LANES, REVERSE, RESTARTS)
+            g_n = back_C[step] * back_dys[step]
+            if RESTARTS:
+                q = back_decays[step - 1] * g
+                g = g_n + unless(q, restart, in_order(step - 1, K, not REVERSE), RESTARTS)
+            else:
+                g = back_decays[step - 1] * g + g_n
+        q = back_decays[K - 1] * g
+        q = unless(q, restart, in_order(K - 1, K, not REVERSE), RESTARTS)
+        h, q = _enter(h, q, h_in, q_in, lane3, span_decays, LANES, CHANNELS, REVERSE, RESTARTS)
         # Forward again: the state before each step, y and dC.
         before = ()
         y_sums = ()
@@ -608,22 +665,25 @@ def _turn(
 def _channels(
     u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
     kept, far, stages, fetched, restart,
-    du, ddelta, dz, dA, dD, dbias, batch, tile, first_channel, end_channel,
-    dBs, dCs,
+    du, ddelta, dz, dA, dD, dbias, tile, channels, dBs, dCs,
     RESTARTS: gl.constexpr,
-    E: gl.constexpr, L: gl.constexpr, N: gl.constexpr, SEGMENTS: gl.constexpr,
+    L: gl.constexpr, N: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
     REVERSE: gl.constexpr, WHOLE: gl.constexpr, BLOCK: gl.constexpr, STATES: gl.constexpr,
     K: gl.constexpr, LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Works through the block's channels; returns the sums dBs and dCs over them."""
+    """Works through the block's channels; returns the sums dBs and dCs over them.
+
+    All pointers but those of marks point to the block's first channel and the segment's first
+    step, so that offsets fit in 32 bits. `channels` are those that exist.
+    """
     T: gl.constexpr = K * LANES
     ROWS: gl.constexpr = WARPS * CHANNELS
     SP: gl.constexpr = _padded(STATES)
-    SPANS: gl.constexpr = _padded(2 * _levels(LANES))
+    SPANS: gl.constexpr = _padded(_levels(LANES))
     EVERY: gl.constexpr = WHOLE and N == STATES * WARPS and SP == STATES
     cube: gl.constexpr = _cube(LANES, CHANNELS, WARPS)
-    tiles: gl.constexpr = tile_layout(K, LANES, CHANNELS, WARPS)
+    tiles: gl.constexpr = _tiles(K, LANES, CHANNELS, WARPS)
     flat: gl.constexpr = row_layout(LANES, CHANNELS, WARPS)
     several: gl.constexpr = tile_layout(SP, LANES, CHANNELS, WARPS)
     warp = _warp()
@@ -635,12 +695,17 @@ def _channels(
     lane3 = gl.expand_dims(gl.expand_dims(lane3, 0), 1)
     zero = (warp3 + part3 + lane3).to(gl.float32) * 0
     # Rows of whole tiles, rows and lanes, and rows, lanes and states.
-    row_t = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, tiles)))
-    row_t = gl.expand_dims(gl.expand_dims(row_t, 1), 2)
-    offset_t = gl.arange(0, LANES, layout=gl.SliceLayout(0, gl.SliceLayout(2, tiles)))
-    step_t = gl.arange(0, K, layout=gl.SliceLayout(0, gl.SliceLayout(1, tiles)))
-    offset_t = gl.expand_dims(gl.expand_dims(offset_t, 0), 2) * K
-    offset_t = offset_t + gl.expand_dims(gl.expand_dims(step_t, 0), 1)
+    three: gl.constexpr = gl.SliceLayout(3, tiles)
+    warp_t = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, three)))
+    part_t = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, three)))
+    row_t = gl.expand_dims(gl.expand_dims(warp_t, 1), 2) * CHANNELS
+    row_t = gl.expand_dims(row_t + gl.expand_dims(gl.expand_dims(part_t, 0), 1), 3)
+    offset_t = gl.arange(0, LANES, layout=gl.SliceLayout(0, gl.SliceLayout(2, three)))
+    offset_t = gl.expand_dims(gl.expand_dims(gl.expand_dims(offset_t, 0), 2), 3) * K
+    step_t = gl.arange(
+        0, K, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, tiles)))
+    )
+    offset_t = offset_t + gl.expand_dims(gl.expand_dims(gl.expand_dims(step_t, 0), 1), 2)
     row_f = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, flat)), 1)
     lane_f = gl.expand_dims(gl.arange(0, LANES, layout=gl.SliceLayout(0, flat)), 0)
     row_s = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, several)))
@@ -651,31 +716,33 @@ def _channels(
     j_s = gl.expand_dims(gl.expand_dims(j_s, 0), 1)
     n_s = (row_s // CHANNELS) * STATES + j_s + lane_s * 0
     j3 = lane3 * 4 // LANES
-    segment = batch * SEGMENTS + tile
     first = tile * T
     nothing = ()
+    zeros = ()
     for _ in gl.static_range(0, K):
         nothing = nothing + (zero,)
+        zeros = zeros + ((part3 + lane3).to(gl.float32) * 0,)
     restarts = ()
     if RESTARTS:
-        restarts = _spans(gl.where(restart != 0, 1.0, 0.0), LANES, REVERSE)
+        rows: gl.constexpr = tile_layout(K, LANES, CHANNELS, WARPS)
+        row_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, rows))) * 0
+        row_m = gl.expand_dims(gl.expand_dims(row_m, 1), 2)
+        restarts = _spans(gl.where(restart != 0, 1.0, 0.0), LANES, CHANNELS, REVERSE)
     ROUNDS: gl.constexpr = (BLOCK + ROWS - 1) // ROWS
     if WHOLE:
         _fetch(
-            stages, u, delta, dy, z, fetched, 0, A2, saved, edges, batch, segment,
-            first_channel, first + offset_t, row_t, E, L, N, STATES, WHOLE, EVERY, HAS_Z, CHANNELS,
-            WARPS,
+            stages, u, delta, dy, z, fetched, 0, A2, saved, edges, 0, offset_t, row_t,
+            L, N, STATES, WHOLE, EVERY, HAS_Z, CHANNELS, WARPS,
         )  # fmt: skip
     for i in range(0, ROUNDS):
         if WHOLE:
             async_copy.wait_group(0)
         # The elementwise part of the warps' own parties.
-        owned = first_channel + i * ROWS
-        row = (batch * E + owned + row_t) * L + first
-        exists_t = owned + row_t < end_channel
+        owned = i * ROWS
+        exists_t = owned + row_t < channels
         channel_f = owned + row_f + lane_f * 0
-        exists_f = channel_f < end_channel
-        place_t = row + offset_t
+        exists_f = channel_f < channels
+        place_t = (owned + row_t) * L + offset_t
         there_t = exists_t & (first + offset_t < L)
         u_t = _load_rows(stages[0], u, place_t, there_t, WHOLE, K, LANES, CHANNELS, WARPS)
         delta_t = _load_rows(stages[1], delta, place_t, there_t, WHOLE, K, LANES, CHANNELS, WARPS)
@@ -683,26 +750,24 @@ def _channels(
         if HAS_Z:
             z_t = _load_rows(stages[3], z, place_t, there_t, WHOLE, K, LANES, CHANNELS, WARPS)
         if WHOLE:  # the next parties', under way during these ones' turns
-            following = first_channel + gl.minimum(i + 1, ROUNDS - 1) * ROWS
+            following = gl.minimum(i + 1, ROUNDS - 1) * ROWS
             _fetch(
-                stages, u, delta, dy, z, fetched, (i + 1) % 2, A2, saved, edges, batch, segment,
-                following, first + offset_t, row_t, E, L, N, STATES, WHOLE, EVERY, HAS_Z, CHANNELS,
-                WARPS,
+                stages, u, delta, dy, z, fetched, (i + 1) % 2, A2, saved, edges, following,
+                offset_t, row_t, L, N, STATES, WHOLE, EVERY, HAS_Z, CHANNELS, WARPS,
             )  # fmt: skip
-        us = steps_of(u_t, LANES, CHANNELS, WARPS)
-        deltas = steps_of(delta_t, LANES, CHANNELS, WARPS)
-        given = steps_of(dy_t, LANES, CHANNELS, WARPS)
+        us = _steps_of(u_t, K, LANES, CHANNELS, WARPS)
+        deltas = _steps_of(delta_t, K, LANES, CHANNELS, WARPS)
+        given = _steps_of(dy_t, K, LANES, CHANNELS, WARPS)
         zs = given
         if HAS_Z:
-            zs = steps_of(z_t, LANES, CHANNELS, WARPS)
+            zs = _steps_of(z_t, K, LANES, CHANNELS, WARPS)
         valid = exists_f.to(gl.int32) * 0
         if (not WHOLE) or RESTARTS:
             for k in gl.static_range(0, K):
                 inside = exists_f & (first + lane_f * K + k < L)
                 valid = valid | (inside.to(gl.int32) << k)
         if RESTARTS:
-            mark_row = row * 0 + batch * L
-            marked, no_restarts = load_marks(marks, mark_row, first, L, K, LANES, CHANNELS, WARPS)
+            marked, no_restarts = load_marks(marks, row_m, first, L, K, LANES, CHANNELS, WARPS)
             valid = valid & marked
             us = keep(us, valid, K)
             deltas = keep(deltas, valid, K)
@@ -711,9 +776,9 @@ def _channels(
         D_c = lane_f.to(gl.float32) * 0
         bias_c = D_c
         if HAS_D:
-            D_c = gl.load(D + channel_f, mask=exists_f, other=0.0)
+            D_c = _load_channels(D, channel_f, exists_f, WHOLE)
         if HAS_BIAS:
-            bias_c = gl.load(bias + channel_f, mask=exists_f, other=0.0)
+            bias_c = _load_channels(bias, channel_f, exists_f, WHOLE)
         dts = ()
         xs = ()
         dys = ()
@@ -743,8 +808,8 @@ def _channels(
             dts = keep(dts, valid, K)
         for k in gl.static_range(0, K):
             xs = xs + (dts[k] * us[k],)
-        spans = _spans(_total(dts, K), LANES, REVERSE)
-        for _ in gl.static_range(2 * _levels(LANES), SPANS):
+        spans = _spans(_total(dts, K), LANES, CHANNELS, REVERSE)
+        for _ in gl.static_range(_levels(LANES), SPANS):
             spans = spans + (dts[0],)
         _write_rows(far, spans, SPANS, LANES, CHANNELS, WARPS)
         _write_rows(operands[0], dts, K, LANES, CHANNELS, WARPS)
@@ -755,9 +820,6 @@ def _channels(
             _write_rows(kept[1], slopes, K, LANES, CHANNELS, WARPS)
         if HAS_Z:
             _write_rows(kept[2], factors, K, LANES, CHANNELS, WARPS)
-            _write_rows(sums[2], nothing, K, LANES, CHANNELS, WARPS)
-        _write_rows(sums[0], nothing, K, LANES, CHANNELS, WARPS)
-        _write_rows(sums[1], nothing, K, LANES, CHANNELS, WARPS)
 
         ys = nothing
         dxs = nothing
@@ -773,34 +835,41 @@ def _channels(
                     states = fetched
                 else:
                     channel_s = owned + ((row_s // CHANNELS) ^ party) * CHANNELS + row_s % CHANNELS
-                    there = (channel_s < end_channel) & (n_s < N) & (j_s < STATES)
+                    there = (channel_s < channels) & (n_s < N) & (j_s < STATES)
                     place_s = channel_s * N + n_s
-                    As = _load_states(A2, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
-                    place_s = segment * (E * N) + place_s
-                    hs = _load_states(saved, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
-                    qs = _load_states(edges, place_s, there, EVERY, SP, LANES, CHANNELS, WARPS)
+                    As = _load_states(A2, place_s, there, SP, LANES, CHANNELS, WARPS)
+                    hs = _load_states(saved, place_s, there, SP, LANES, CHANNELS, WARPS)
+                    qs = _load_states(edges, place_s, there, SP, LANES, CHANNELS, WARPS)
                     states = (As, hs, qs)
                 source = sums if half == 0 else even_sums
                 target = even_sums if half == 0 else sums
-                dxs = _read_party(source[0], giver, K, LANES, CHANNELS, WARPS)
-                exponents = _read_party(source[1], giver, K, LANES, CHANNELS, WARPS)
-                if HAS_Z:
-                    ys = _read_party(source[2], giver, K, LANES, CHANNELS, WARPS)
                 dts_t = _read_party(operands[0], mine, K, LANES, CHANNELS, WARPS)
                 xs_t = _read_party(operands[1], mine, K, LANES, CHANNELS, WARPS)
                 dys_t = _read_party(operands[2], mine, K, LANES, CHANNELS, WARPS)
                 spans_t = _read_party(far, mine, SPANS, LANES, CHANNELS, WARPS)
+                if half == 0:
+                    dxs_t, exponents_t, ys_t = zeros, zeros, zeros
+                    if pair > 0:
+                        dxs_t, exponents_t, ys_t = _read_sums(
+                            source, giver, HAS_Z, K, LANES, CHANNELS, WARPS
+                        )
+                else:
+                    dxs_t, exponents_t, ys_t = _read_sums(
+                        source, giver, HAS_Z, K, LANES, CHANNELS, WARPS
+                    )
                 ys, dxs, exponents, dBs, dCs, dAs = _turn(
-                    dts_t, xs_t, dys_t, spans_t, ys, dxs, exponents, dBs, dCs, states, i % 2, mine,
-                    warp, coefficients, restart, restarts, lane3, zero, EVERY, RESTARTS, REVERSE, HAS_Z, STATES,
-                    K, LANES, CHANNELS, WARPS,
+                    dts_t, xs_t, dys_t, spans_t, ys_t, dxs_t, exponents_t, dBs, dCs, states, i % 2,
+                    mine, warp, coefficients, restart, restarts, lane3, zero, EVERY, RESTARTS,
+                    REVERSE, HAS_Z, STATES, K, LANES, CHANNELS, WARPS,
                 )  # fmt: skip
                 channel3 = owned + (warp3 ^ party) * CHANNELS + part3
                 n3 = warp3 * STATES + j3
-                place = (segment * E + channel3) * N + n3
-                here = (channel3 < end_channel) & (n3 < N) & (j3 < STATES)
-                here = here & (lane3 % (LANES // 4) == 0)
-                gl.store(dA + place, _four_sums(dAs, lane3, LANES), mask=here)
+                here = (lane3 % (LANES // 4) == 0) & (warp3 + part3 >= 0)
+                if STATES < 4:
+                    here = here & (j3 < STATES)
+                if not EVERY:
+                    here = here & (channel3 < channels) & (n3 < N)
+                gl.store(dA + channel3 * N + n3, _four_sums(dAs, lane3, LANES, CHANNELS), mask=here)
                 _write_rows(target[0], dxs, K, LANES, CHANNELS, WARPS)
                 _write_rows(target[1], exponents, K, LANES, CHANNELS, WARPS)
                 if HAS_Z:
@@ -849,19 +918,19 @@ def _channels(
         if HAS_Z:
             _store_rows(dz, place_t, there_t, dzs, WHOLE, K, LANES, CHANNELS, WARPS)
         own3 = owned + warp3 * CHANNELS + part3
-        last = (own3 < end_channel) & (lane3 == 0)
+        last = (own3 < channels) & (lane3 == 0)
         if HAS_D:
-            gl.store(dD + segment * E + own3 + lane3 * 0, lane_sum(dD_c, LANES), mask=last)
+            gl.store(dD + own3 + lane3 * 0, lane_sum(dD_c, LANES, CHANNELS), mask=last)
         if HAS_BIAS:
-            gl.store(dbias + segment * E + own3 + lane3 * 0, lane_sum(dbias_c, LANES), mask=last)
+            gl.store(dbias + own3 + lane3 * 0, lane_sum(dbias_c, LANES, CHANNELS), mask=last)
     return dBs, dCs
 
 
 @gluon.constexpr_function
-def _channel_sum_assembly(lanes):
+def _channel_sum_assembly(channels):
     lines = ["{ .reg .f32 t; mov.f32 $0, $1;"]
-    distance = lanes
-    while distance < 32:
+    distance = 1
+    while distance < channels:
         lines.append(f"shfl.sync.bfly.b32 t, $0, {distance}, 31, 0xffffffff; add.f32 $0, $0, t;")
         distance *= 2
     return "\n".join([*lines, "}"])
@@ -905,7 +974,27 @@ def scan_backward(
     group = gl.program_id(0) // PROGRAMS
     block = gl.program_id(0) % PROGRAMS
     first_channel = group * PER_GROUP + block * BLOCK
-    end_channel = gl.minimum(first_channel + BLOCK, (group + 1) * PER_GROUP)
+    channels = gl.minimum(BLOCK, PER_GROUP - block * BLOCK)
+    base = (batch * E + first_channel) * L + tile * T
+    u += base
+    delta += base
+    dy += base
+    du += base
+    ddelta += base
+    if HAS_Z:
+        z += base
+        dz += base
+    base = ((batch * SEGMENTS + tile) * E + first_channel) * N
+    saved += base
+    edges += base
+    dA += base
+    base = (batch * SEGMENTS + tile) * E + first_channel
+    dD += base
+    dbias += base
+    A2 += first_channel * N
+    D += first_channel
+    bias += first_channel
+    marks += batch * L
 
     coefficients = gl.allocate_shared_memory(
         gl.float32, [STATES * 2, WARPS, K // 4, LANES, 4],
@@ -929,8 +1018,9 @@ def scan_backward(
     for i in gl.static_range(0, STATES * 2):
         copy_to_shared(coefficients.index(i), source + i * T + place4, cache_modifier=".ca")
     async_copy.commit_group()
-    parties: gl.constexpr = [WARPS * CHANNELS, K // 4, LANES, 4]
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    parties: gl.constexpr = [WARPS, K // 4, LANES, CHANNELS, 4]
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
+    quads: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
     operands = ()
     sums = ()
     even_sums = ()
@@ -943,20 +1033,18 @@ def scan_backward(
         _stage(z, WHOLE and HAS_Z, K, LANES, CHANNELS, WARPS),
     )
     far = gl.allocate_shared_memory(
-        gl.float32, [WARPS * CHANNELS, _padded(2 * _levels(LANES)) // 4, LANES, 4], plain
+        gl.float32, [WARPS, _padded(_levels(LANES)) // 4, LANES, CHANNELS, 4], plain
     )
     for _ in gl.static_range(0, 3):  # in one, any two accesses would get a barrier between them
         operands = operands + (gl.allocate_shared_memory(gl.float32, parties, plain),)
         sums = sums + (gl.allocate_shared_memory(gl.float32, parties, plain),)
         even_sums = even_sums + (gl.allocate_shared_memory(gl.float32, parties, plain),)
         kept = kept + (gl.allocate_shared_memory(gl.float32, parties, plain),)
-        if WHOLE and N == NP and STATES == _padded(STATES):
-            fetched = fetched + (
-                gl.allocate_shared_memory(
-                    gl.float32, [2, WARPS, WARPS, CHANNELS, STATES],
-                    gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
-                ),
-            )  # fmt: skip
+    if WHOLE and N == NP and STATES == _padded(STATES):
+        fetched = (
+            gl.allocate_shared_memory(gl.float32, [2, WARPS, WARPS, CHANNELS, STATES], quads),
+            gl.allocate_shared_memory(gl.float32, [4, WARPS, WARPS, CHANNELS, STATES], quads),
+        )
     async_copy.wait_group(0)
 
     warp3 = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, cube)))
@@ -978,31 +1066,31 @@ def scan_backward(
             rows: gl.constexpr = gl.SliceLayout(
                 1, gl.SliceLayout(2, tile_layout(K, LANES, CHANNELS, WARPS))
             )
-            row = batch * L + gl.arange(0, CHANNELS * WARPS, layout=rows) * 0
+            row = gl.arange(0, CHANNELS * WARPS, layout=rows) * 0
             row = gl.expand_dims(gl.expand_dims(row, 1), 2)
             valid, restart = load_marks(marks, row, tile * T, L, K, LANES, CHANNELS, WARPS)
             restart = gl.convert_layout(
                 gl.reshape(restart, [WARPS, CHANNELS, LANES]), cube, assert_trivial=True
             )
             dBs, dCs = _channels(
-                u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
-                kept, far, stages, fetched, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
-                first_channel, end_channel, dBs, dCs, True, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
-                WHOLE, BLOCK, STATES, K, LANES, CHANNELS, WARPS,
+                u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums,
+                even_sums, kept, far, stages, fetched, restart, du, ddelta, dz, dA, dD, dbias, tile,
+                channels, dBs, dCs, True, L, N, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE, WHOLE,
+                BLOCK, STATES, K, LANES, CHANNELS, WARPS,
             )  # fmt: skip
         else:
             dBs, dCs = _channels(
-                u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
-                kept, far, stages, fetched, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
-                first_channel, end_channel, dBs, dCs, False, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
-                WHOLE, BLOCK, STATES, K, LANES, CHANNELS, WARPS,
+                u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums,
+                even_sums, kept, far, stages, fetched, restart, du, ddelta, dz, dA, dD, dbias, tile,
+                channels, dBs, dCs, False, L, N, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE, WHOLE,
+                BLOCK, STATES, K, LANES, CHANNELS, WARPS,
             )  # fmt: skip
     else:
         dBs, dCs = _channels(
-            u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums, even_sums,
-            kept, far, stages, fetched, restart, du, ddelta, dz, dA, dD, dbias, batch, tile,
-            first_channel, end_channel, dBs, dCs, False, E, L, N, SEGMENTS, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE,
-            WHOLE, BLOCK, STATES, K, LANES, CHANNELS, WARPS,
+            u, delta, A2, D, bias, z, saved, edges, dy, marks, coefficients, operands, sums,
+            even_sums, kept, far, stages, fetched, restart, du, ddelta, dz, dA, dD, dbias, tile,
+            channels, dBs, dCs, False, L, N, SOFTPLUS, HAS_BIAS, HAS_D, HAS_Z, REVERSE, WHOLE,
+            BLOCK, STATES, K, LANES, CHANNELS, WARPS,
         )  # fmt: skip
 
     batches = gl.num_programs(2)
@@ -1014,7 +1102,7 @@ def scan_backward(
             for x in gl.static_range(0, 2):
                 value = dBs[j * K + k] if x == 0 else dCs[j * K + k]
                 value = gl.inline_asm_elementwise(
-                    _channel_sum_assembly(LANES), "=&f,f", [value],
+                    _channel_sum_assembly(CHANNELS), "=&f,f", [value],
                     dtype=gl.float32, is_pure=True, pack=1,
                 )  # fmt: skip
                 gl.store(target + place + x * T, value, mask=(part3 + lane3 * 0 + warp3 * 0) == 0)
