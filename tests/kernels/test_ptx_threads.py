@@ -252,6 +252,34 @@ def test_races_between_warps():
     exchange(barrier="", check_races=False)
 
 
+def test_a_release_and_an_acquire_order_ctas():
+    # CTA 0 writes a word and raises a flag; CTA 1 looks at the flag and copies the word.
+    body = """
+        mov.u32 %r1, %ctaid.x; setp.ne.u32 %p1, %r1, 0; @%p1 bra SECOND;
+        mov.b32 %r2, 7; st.global.b32 [%d10], %r2;
+        mov.b32 %r3, 1; setp.eq.u32 %p2, %r0, 0;
+        @%p2 atom.global.gpu.{release}.add.u32 %r4, [%d11], %r3;
+        bra DONE;
+        SECOND: {look}
+        ld.global.b32 %r5, [%d10]; st.global.b32 [%d12], %r5;
+        DONE:"""
+
+    def run(release, look):
+        out = [np.zeros(1, np.uint32) for _ in range(3)]
+        code = body.format(release=release, look=look)
+        threads(code, out, grid=(2, 1, 1), batch_threads=32)
+        assert out[1][0] == 1
+        return out[2][0]
+
+    atomic = "mov.b32 %r3, 0; atom.global.gpu.{}.add.u32 %r6, [%d11], %r3;"
+    assert run("release", "ld.global.gpu.acquire.b32 %r6, [%d11];") == 7
+    assert run("acq_rel", atomic.format("acq_rel")) == 7
+    with pytest.raises(RaceError, match="CTA 1 reads byte 0 of p0.*CTA 0 wrote there"):
+        run("relaxed", atomic.format("acquire"))
+    with pytest.raises(RaceError, match="CTA 1 reads byte 0 of p0.*CTA 0 wrote there"):
+        run("release", atomic.format("relaxed"))
+
+
 def test_races_of_two_writers():
     body = """
         mov.b32 %r1, smem;
