@@ -2,15 +2,11 @@
 
 import os
 
+from tests.compilation import QUICK
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling takes most of the time of these tests, and their models are tiny.
 os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
+    (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *QUICK)
 ).strip()
 
 import jax  # noqa: E402

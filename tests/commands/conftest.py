@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from storm_jax.data import synthetic
+from tests.compilation import QUICK
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,7 @@ class Command:
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": " ".join(QUICK),
             "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
         }
         self.process = subprocess.Popen(

@@ -11,6 +11,7 @@ from transformers import MambaConfig
 
 from storm_jax.config import ConfigError, TemporalConfig
 from storm_jax.models.temporal import TemporalEncoder
+from tests.compilation import FUSED
 from tests.models.references import temporal_encoder, temporal_params, with_params
 
 torch = pytest.importorskip("torch")
@@ -201,7 +202,8 @@ def test_remat_changes_no_gradient(remat):
         def loss(params, x):
             return jnp.sum(jnp.sin(encode(temporal, params, x, SEGMENTS, remat)))
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=FUSED)
+        return gradients(params, x)
 
     def close(ours, theirs):
         scale = max(np.abs(theirs).max(), 1.0)

@@ -11,6 +11,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from storm_jax.config import ConfigError, VitConfig
 from storm_jax.models.vit import Vit, resize_positions
+from tests.compilation import FUSED
 from tests.models.references import pixels, randomise, vit_params, with_params
 
 torch = pytest.importorskip("torch")
@@ -133,7 +134,7 @@ def loss_and_gradient(siglip):
             out = features(vit_config, params, images, remat)
             return jnp.sum(jnp.sin(out) * weights), out
 
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FUSED)
         (_, out), grads = step(params_of(siglip, vit_config))
         return jax.device_get((out, grads))
 

@@ -1,6 +1,9 @@
 """The training step: accumulation, frozen parts, meshes, normalisation."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,16 +19,24 @@ from tests.tiny import packed_batch, run_config
 SMALL = {"model.decoder.layers": 1, "train.steps": 4, "train.optimizer.warmup_fraction": 0.0}
 
 
-def run(overrides: dict, mesh_config: MeshConfig, devices: int, steps: int = 2, targets=None):
-    config = run_config(**SMALL, **overrides)
+@functools.cache
+def program(overrides: tuple, mesh_config: MeshConfig, devices: int):
+    """What most of the time goes into: the configuration, its mesh, first state and jitted step."""
+    config = run_config(**SMALL, **dict(overrides))
     model = StormModel(config.model)
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
     parts = trainable_parts(config.train.optimizer)
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
     state = init_state(model, optimizer, parts, mesh, seed=0)
-    first = jax.tree.map(np.asarray, state.params)
     layouts = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, parts, mesh))
     step = jax.jit(make_train_step(model, optimizer, config.train), donate_argnums=0)
+    return config, mesh, state, layouts, step
+
+
+def run(overrides: dict, mesh_config: MeshConfig, devices: int, steps: int = 2, targets=None):
+    config, mesh, state, layouts, step = program(tuple(overrides.items()), mesh_config, devices)
+    first = jax.tree.map(np.asarray, state.params)
+    state = jax.tree.map(jnp.copy, state)  # the step takes the arrays it is given
     metrics = []
     with jax.set_mesh(mesh):
         for i in range(steps):
@@ -100,8 +111,8 @@ def test_frozen_parts_stay_and_the_rest_moves():
             assert not any(same), part
 
 
-def test_z_loss_is_added():
-    plain = run({}, MeshConfig(1, 1, 1), devices=1, steps=1)[2][0]
+def test_z_loss_is_added(one_device):
+    plain = one_device[2][0]
     with_z = run({"train.z_loss": 0.01}, MeshConfig(1, 1, 1), devices=1, steps=1)[2][0]
     assert with_z["nll"] == pytest.approx(plain["nll"], rel=1e-6)
     # log(Z) of an untrained model is near log(512) = 6.2
