@@ -99,15 +99,17 @@ _SCHEDULERS = 4 * 132
 GPU_BACKWARD = GpuBackward(steps=8, lanes=8, channels=4, warps=4, states=16, registers=168)
 
 
-def forward_sweep(rows: int, length: int) -> GpuSweep:
+def forward_sweep(rows: int, length: int, *, save: bool) -> GpuSweep:
     """The cut of `gluon_forward`.
 
     Args:
         rows: batch * channels.
         length: of a sequence.
+        save: whether states are saved for the backward.
     """
     many = rows >= 3 * _SCHEDULERS * _FORWARD_MANY.channels
-    return _in_units(_FORWARD_MANY if many else _FORWARD_FEW, rows, length)
+    sweep = _in_units(_FORWARD_MANY if many else _FORWARD_FEW, rows, length)
+    return dataclasses.replace(sweep, states=4) if save else sweep
 
 
 def adjoint_sweep(rows: int, length: int) -> GpuSweep:
@@ -138,14 +140,14 @@ def gpu_segments(length: int) -> int:
 def channels_of_a_program(per_group: int, others: int) -> int:
     """Channels that one program of `gluon_backward` sums dB and dC over.
 
-    More make fewer partial sums, fewer make more programs: 128, less where that leaves under 528
+    More make fewer partial sums, fewer make more programs: 256, less where that leaves under 528
     programs (4 a multiprocessor of an H100).
 
     Args:
         per_group: channels of a group.
         others: programs in the other directions: groups * segments * batch.
     """
-    block = 128
+    block = 256
     while block > 16 and others * -(-per_group // block) < 528:
         block //= 2
     return block

@@ -331,7 +331,7 @@ def _forward(static: _Static, arrays: _Arrays, *, save: bool):
 
     batch, channels, length = arrays.u.shape
     states = arrays.A.shape[1]
-    walk = _walk(arrays, forward_sweep)
+    walk = _walk(arrays, functools.partial(forward_sweep, save=save))
     A2, D, bias, z, marks, tile_marks = _operands(arrays, walk.tile)
     B, C = (_coefficient_tiles(x, arrays.marks, walk.tile) for x in (arrays.B, arrays.C))
     saved = (batch, gpu_segments(length), channels, states) if save else (1,)
