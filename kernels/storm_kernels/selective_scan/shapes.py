@@ -94,7 +94,7 @@ _ADJOINT_FEW = GpuSweep(
 _ADJOINT_MANY = GpuSweep(
     steps=16, lanes=16, channels=2, warps=2, states=4, together=2, registers=128
 )
-_SCHEDULERS = 4 * 132
+_SCHEDULERS = 4 * 132  # of an H100
 # Milliseconds at B=1 L=65536 E=2304: registers 168: 4.45, none: 4.56, 200: 4.87, 128: 5.56.
 GPU_BACKWARD = GpuBackward(steps=8, lanes=8, channels=4, warps=4, states=16, registers=168)
 
@@ -124,7 +124,7 @@ def _in_units(sweep: GpuSweep, rows: int, length: int) -> GpuSweep:
     Then whole sequences would fill the last round of programs badly (`gluon_units`).
     """
     warps = -(-rows // sweep.channels)
-    resident = _SCHEDULERS * (512 // (sweep.registers or 255))
+    resident = _SCHEDULERS * (16384 // (32 * (sweep.registers or 255)))
     if warps <= resident or warps > 8 * resident:
         return sweep
     steps = min(4096, max(1024, length // 8))
