@@ -99,6 +99,37 @@ def test_unrolled_loops(reverse, monkeypatch):
     scan_suite.compare(TPU, case, reverse=reverse)
 
 
+@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize("tiny", [1.0, 1e-10])
+@slow
+def test_zeros_and_tiny_gradients(softplus, tiny):
+    """Some gradients are divided by dt, A, C or z, which may be 0; small ones keep their digits."""
+    case = inputs(13, batch=1, length=20, initial_state=True)
+    case["A"] = case["A"].at[0].set(0).at[:, 1].set(0)
+    case["delta"] = case["delta"].at[:, ::3].set(-80 if softplus else 0)
+    case["delta_bias"] = jnp.zeros_like(case["delta_bias"])
+    case["C"] = case["C"].at[:, ::4].set(0).at[..., 2].set(0)
+    case["z"] = case["z"].at[:, ::5].set(0).at[:, 7].set(-120).at[:, 8].set(1e9)
+    case["u"] = case["u"].at[:, 1::3].set(0)
+    dy, dh = scan_suite.cotangents(case)
+    dy = dy.at[:, 8].set(0).at[:, 11].set(0)
+    y, h, gradients = oracle(case, dy, dh, delta_softplus=softplus)
+    got = scan_suite.with_gradients(
+        case, None, dy * tiny, dh * tiny, implementation=TPU, delta_softplus=softplus
+    )
+    scan_suite.close(got[0], y)
+    scan_suite.close(got[1], h)
+    for name, value in got[2].items():
+        scan_suite.close(value / tiny, gradients[name], name=name)
+
+
+@pytest.mark.parametrize("channels,state", [(5, 12), (5, 30)])
+@slow
+def test_states_that_are_no_whole_parts(channels, state):
+    case = inputs(14, batch=1, length=9, channels=channels, state=state, initial_state=True)
+    scan_suite.compare(TPU, case)
+
+
 @pytest.mark.parametrize("length", [1, 64, 65, 1000, 65536])
 @pytest.mark.parametrize("state", [1, 5, 16, 17, 64, 256])
 def test_blocks_fit(length, state):

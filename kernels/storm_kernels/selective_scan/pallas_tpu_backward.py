@@ -35,6 +35,7 @@ from storm_kernels.selective_scan.pallas_tpu_tiles import BLOCK, LANES, PITCH, T
 _TIME_BLOCK = 64
 _HELD = 8  # states whose gradients are in registers at once
 _UNROLL = 8  # positions of them
+_HELD_AGAIN = 6  # states in registers where they are computed again
 
 
 def backward(
@@ -280,27 +281,30 @@ def _before(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> Non
 
 
 def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
-    """The states of a span, each before its step."""
+    """The states of a span: the one before it, and those after each of its steps."""
 
-    def some(chunk, steps):
-        n0 = chunk * geo.chunk
+    def part(n0, states: int, _) -> None:
         base = block * geo.rows + n0
-        h = [tiles.row(r.h, n0 + n) for n in range(geo.chunk)]
-        for _, index, t in steps:
-            dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
-            keep = tiles.keep(r.mark_rows, t) if marks else None
-            for n in range(geo.chunk):
-                at = tiles.column(geo, t, n0 + n)
-                r.history[_register(geo, index, n0 + n), :] = h[n]
-                before = h[n] if keep is None else jnp.where(keep, h[n], 0.0)
-                decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
-                h[n] = decay * before + x * tiles.splat(r.B_rows, at)
-        for n in range(geo.chunk):
-            tiles.set_row(r.h, n0 + n, h[n])
 
-    tiles.steps(geo, 0, geo.span, 16, some)
-    for n in range(geo.used):
-        r.history[_register(geo, geo.span, n), :] = tiles.row(r.h, n)
+        def some(steps, h):
+            h = list(h)
+            for _, index, t in steps:
+                dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
+                keep = tiles.keep(r.mark_rows, t) if marks else None
+                for n in range(states):
+                    at = tiles.column(geo, t, n0 + n)
+                    before = h[n] if keep is None else jnp.where(keep, h[n], 0.0)
+                    decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
+                    h[n] = decay * before + x * tiles.splat(r.B_rows, at)
+                    r.history[_register(geo, index + 1, n0 + n), :] = h[n]
+            return h
+
+        h = [tiles.row(r.h, n0 + n) for n in range(states)]
+        for n in range(states):
+            r.history[_register(geo, 0, n0 + n), :] = h[n]
+        tiles.carry_steps(geo, 0, geo.span, 16, some, h)
+
+    tiles.parts_of_states(geo, _HELD_AGAIN, part)
 
 
 def _register(geo: Geometry, index, n):
@@ -314,36 +318,25 @@ def _stretch(geo: Geometry) -> int:
 
 
 def _reverse(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
-    """The gradient of the state back through a span, and what it gives for the operands.
-
-    A stretch at a time. The compiler schedules first what the recurrence waits for and last what
-    nothing waits for, and keeps what that is made from until then in registers: few states and
-    few positions at a time, so that there are enough of them.
-    """
+    """The gradient of the state back through a span, a stretch at a time, and its sums."""
     stretch = _stretch(geo)
 
     def some(number):
         first = geo.span - stretch - number * stretch
-        _carry_back(geo, r, block, first, stretch, marks, 0, min(_HELD, geo.used))
-        whole = geo.used // _HELD
-        if whole > 1:
 
-            def more(index):
-                _carry_back(geo, r, block, first, stretch, marks, (index + 1) * _HELD, _HELD)
+        def part(n0, states: int, first_part: bool) -> None:
+            _carry_back(geo, r, block, first, n0, states, first_part, marks)
 
-            tiles.loop(whole - 1, more)
-        if geo.used % _HELD and whole:
-            rest = geo.used % _HELD
-            _carry_back(geo, r, block, first, stretch, marks, geo.used - rest, rest)
-        _add_products(geo, r, block, first, stretch)
+        tiles.parts_of_states(geo, _HELD, part)
+        _add_products(geo, r, block, first)
 
     tiles.loop(geo.span // stretch, some)
 
 
 def _carry_back(
-    geo: Geometry, r: SimpleNamespace, block, first, stretch: int, marks: bool, n0, states: int
+    geo: Geometry, r: SimpleNamespace, block, first, n0, states: int, first_part: bool, marks: bool
 ) -> None:
-    """The recurrence of some states from n0 on, and its sums over them and over positions."""
+    """The recurrence of some states from n0 on, and the products and sums that it gives."""
     base = block * geo.rows + n0
     sums = [r.dx_rows, r.ddt_rows] + ([r.y_rows] if hasattr(r, "z") else [])
 
@@ -353,7 +346,7 @@ def _carry_back(
             dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
             dy = tiles.row(r.dy_rows, t)
             keep = tiles.keep(r.mark_rows, t) if marks else None
-            totals: list = [None] * len(sums) if first_states else [tiles.row(x, t) for x in sums]
+            totals = []
             for n in range(states):
                 at = tiles.column(geo, t, n0 + n)
                 part = place * geo.rows + (n0 + n)
@@ -361,33 +354,31 @@ def _carry_back(
                 after = r.history[_register(geo, index + 1, n0 + n), :]
                 read = dy * tiles.splat(r.C_rows, at)
                 total = g[n] + read
+                read *= after
+                tiles.set_row(r.dC_parts, part, read)
                 tiles.set_row(r.dB_parts, part, total * x)
                 exponent = dt * tiles.row(r.A_rows, base + n)
                 g[n] = total * jnp.exp2(exponent)
                 if keep is not None:
                     g[n] = jnp.where(keep, g[n], 0.0)
                     before = jnp.where(keep, before, 0.0)
-                through = (g[n] * before) * exponent
+                through = (g[n] * exponent) * before
                 dA[n] = dA[n] + through
-                after = after * read
-                tiles.set_row(r.dC_parts, part, after)
-                terms = (total * tiles.splat(r.B_rows, at), through, after)
-                for i, term in zip(range(len(sums)), terms, strict=False):
-                    totals[i] = term if totals[i] is None else totals[i] + term
+                terms = (total * tiles.splat(r.B_rows, at), through, read)[: len(sums)]
+                totals = [a + b for a, b in zip(totals, terms, strict=True)] if n else terms
             for ref, total in zip(sums, totals, strict=True):
-                tiles.set_row(ref, t, total)
+                tiles.set_row(ref, t, total if first_part else total + tiles.row(ref, t))
         return g, dA
 
-    first_states = isinstance(n0, int) and n0 == 0
     g = [tiles.row(r.g, base + n) for n in range(states)]
     dA = [tiles.row(r.dA_rows, base + n) for n in range(states)]
-    g, dA = tiles.carry_steps(geo, first, stretch, _UNROLL, some, (g, dA), against=True)
+    g, dA = tiles.carry_steps(geo, first, _stretch(geo), _UNROLL, some, (g, dA), against=True)
     for n in range(states):
         tiles.set_row(r.g, base + n, g[n])
         tiles.set_row(r.dA_rows, base + n, dA[n])
 
 
-def _add_products(geo: Geometry, r: SimpleNamespace, block, first, stretch: int) -> None:
+def _add_products(geo: Geometry, r: SimpleNamespace, block, first) -> None:
     """Adds the products of dB and dC over sublanes."""
 
     def some(chunk, steps):
@@ -395,7 +386,7 @@ def _add_products(geo: Geometry, r: SimpleNamespace, block, first, stretch: int)
             for parts, sums in ((r.dB_parts, r.dB_sums), (r.dC_parts, r.dC_sums)):
                 _add_sublanes(geo, parts, sums, block, place, t, chunk * geo.chunk)
 
-    tiles.steps(geo, first, stretch, 16, some)
+    tiles.steps(geo, first, _stretch(geo), 16, some)
 
 
 def _add_sublanes(geo: Geometry, parts, sums, block, place, t, n0) -> None:

@@ -2,8 +2,9 @@
 
 A grid step holds T positions of `blocks` x 1024 channels of one batch row; time is the last and
 sequential grid axis and the state stays in VMEM between its steps. For each span of S positions
-B and C are broadcast to registers once. Then for each block of 1024 channels three loops run: dt
-and dt * u, elementwise in natural form; the recurrence, 16 positions unrolled; y, elementwise.
+B and C are broadcast to registers once. Then for each block of 1024 channels these loops run: dt
+and dt * u, elementwise in natural form; the recurrence, 8 states at a time with 16 positions
+unrolled; y, elementwise.
 """
 
 import functools
@@ -18,6 +19,7 @@ from storm_kernels.selective_scan.pallas_tpu_tiles import LANES, TILES, Geometry
 
 _TIME_BLOCK = 128
 _UNROLL = 16
+_HELD = 8  # states that are in registers at once
 
 
 def forward(operands: Operands, output_dtype: jnp.dtype, keep_states: bool, interpret) -> tuple:
@@ -136,37 +138,40 @@ def _before(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> N
             tiles.rows_from_natural(r.dt_rows, t, tile, dt)
             tiles.rows_from_natural(r.x_rows, t, tile, dt * u)
 
-    tiles.eights(geo, eight, unroll=8)
+    tiles.eights(geo, eight, unroll=4)
 
 
 def _recurrence(geo: Geometry, r: SimpleNamespace, block, careful: bool) -> None:
     """The state through a span, and y before skip and gate, in row form."""
 
-    def some(chunk, steps):
-        n0 = chunk * geo.chunk
+    def part(n0, states: int, first: bool) -> None:
         base = block * geo.rows + n0
-        h = [tiles.row(r.h, base + n) for n in range(geo.chunk)]
-        for _, _, t in steps:
-            dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
-            if careful:
-                # A select and not a product: an infinite state must not leak.
-                keep = tiles.keep(r.mark_rows, t)
-                h = [jnp.where(keep, before, 0.0) for before in h]
-            y = None
-            if geo.chunks > 1:
-                y = jnp.where(chunk == 0, 0.0, tiles.row(r.y_rows, t))
-            for n in range(geo.chunk):
-                at = tiles.column(geo, t, n0 + n)
-                decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
-                h[n] = decay * h[n] + x * tiles.splat(r.B_rows, at)
-                term = h[n] * tiles.splat(r.C_rows, at)
-                y = term if y is None else y + term
-            assert y is not None  # a chunk is never empty
-            tiles.set_row(r.y_rows, t, y)
-        for n in range(geo.chunk):
+
+        def some(steps, h):
+            h = list(h)
+            for _, _, t in steps:
+                dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
+                if careful:
+                    # A select and not a product: an infinite state must not leak.
+                    keep = tiles.keep(r.mark_rows, t)
+                    h = [jnp.where(keep, before, 0.0) for before in h]
+                y = None
+                for n in range(states):
+                    at = tiles.column(geo, t, n0 + n)
+                    decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
+                    h[n] = decay * h[n] + x * tiles.splat(r.B_rows, at)
+                    term = h[n] * tiles.splat(r.C_rows, at)
+                    y = term if y is None else y + term
+                assert y is not None  # a part is never empty
+                tiles.set_row(r.y_rows, t, y if first else y + tiles.row(r.y_rows, t))
+            return h
+
+        h = [tiles.row(r.h, base + n) for n in range(states)]
+        h = tiles.carry_steps(geo, 0, geo.span, _UNROLL, some, h)
+        for n in range(states):
             tiles.set_row(r.h, base + n, h[n])
 
-    tiles.steps(geo, 0, geo.span, _UNROLL, some)
+    tiles.parts_of_states(geo, _HELD, part)
 
 
 def _after(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> None:

@@ -211,7 +211,7 @@ def reciprocal(x: jax.Array) -> jax.Array:
 def _softplus(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     e = jnp.exp2(jnp.minimum(x, 20.0) * LOG2_E)
     whole = 1.0 + e
-    small = e * (1.0 + e * (-0.499899 + e * 0.322762))
+    small = e + (e * e) * (-0.499899 + e * 0.322762)
     return jnp.maximum(x, jnp.where(e < 1 / 32, small, jnp.log(whole))), e, whole
 
 
@@ -338,6 +338,22 @@ def steps(geo: Geometry, first, count: int, unroll: int, body, against: bool = F
             loop(geo.chunks, lambda chunk: body(chunk, listed))
 
     carry_steps(geo, first, count, unroll, some, None, against)
+
+
+def parts_of_states(geo: Geometry, held: int, body) -> None:
+    """Runs body(first state, how many, whether it is the first part) for parts of all states.
+
+    The compiler schedules first what a recurrence waits for, and keeps what the rest is made from
+    in registers until then: with few states at a time there are enough of them.
+    """
+    body(0, min(held, geo.used), True)
+    whole, rest = divmod(geo.used, held)
+    if whole == 2:
+        body(held, held, False)
+    elif whole > 2:
+        loop(whole - 1, lambda index: body((index + 1) * held, held, False))
+    if rest and whole:
+        body(geo.used - rest, rest, False)
 
 
 def carry_steps(
