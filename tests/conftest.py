@@ -16,6 +16,51 @@ from absl import flags  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Files that take longest come first, so that two workers end together.
+LONG = (
+    "commands/test_train.py",
+    "kernels/test_triton_gpu.py",
+    "training/test_step.py",
+    "commands/test_generate.py",
+    "parallel/test_sharding.py",
+    "kernels/test_selective_scan.py",
+    "kernels/test_pallas_tpu.py",
+    "kernels/test_ablate.py",
+    "models/test_storm.py",
+)
+# Tests of these share nothing: they fill what is left.
+APART = (
+    "kernels/test_triton_gpu_compile.py",
+    "kernels/test_pallas_tpu_compiled.py",
+    "kernels/test_scan_mamba_ssm.py",
+)
+
+
+def _file(nodeid):
+    return nodeid.split("::")[0].removeprefix("tests/")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        file = _file(item.nodeid)
+        return LONG.index(file) if file in LONG else len(LONG) + (file in APART)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay with one worker: they share fixtures and compiled programs."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if _file(nodeid) in APART else _file(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _parsed_flags():
     # Grain's worker processes read absl flags.

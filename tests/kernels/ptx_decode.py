@@ -4,6 +4,8 @@ A PLAIN function takes the mask of the threads that run it (None: all). A CONTRO
 program counter too, and returns the next one with its mask.
 """
 
+import dataclasses
+
 import numpy as np
 
 from tests.kernels import ptx_arithmetic as arithmetic
@@ -210,9 +212,10 @@ def _permute(machine, instruction):
 
 
 def _logic3(machine, instruction):
-    table = int(instruction.operands[4].text, 0)
-    instruction.operands = instruction.operands[:4]
-    return _result(machine, instruction, arithmetic.logic3(table), ["b32"] * 3, "b32")
+    *operands, table = instruction.operands
+    instruction = dataclasses.replace(instruction, operands=operands)
+    function = arithmetic.logic3(int(table.text, 0))
+    return _result(machine, instruction, function, ["b32"] * 3, "b32")
 
 
 def _find(machine, instruction):

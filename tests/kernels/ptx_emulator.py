@@ -14,6 +14,7 @@ Not covered: TMA, mbarriers, tensor cores, clusters, calls, textures.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,8 @@ from tests.kernels.ptx_profile import Profile, describe
 
 __all__ = ["MemoryFault", "RaceError", "Report", "Window", "run"]
 
+# A kernel is often run again, and nothing changes what was parsed.
+_parsed = functools.lru_cache(maxsize=32)(parse)
 _REGISTER_DTYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
@@ -88,7 +91,7 @@ def run(
         MemoryFault, RaceError, RuntimeError: what a GPU would get wrong, with the PTX line, its
             text and the Python line that it came from.
     """
-    kernel = parse(ptx, name)
+    kernel = _parsed(ptx, name)
     if num_threads % 32 or not 32 <= num_threads <= 1024:
         raise ValueError(f"num_threads is {num_threads}, not a multiple of 32 up to 1024")
     if kernel.required_threads not in (None, num_threads):

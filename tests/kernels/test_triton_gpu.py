@@ -27,24 +27,23 @@ from tests.kernels.scan_oracle import POSITIONS, oracle
 GPU = "triton_gpu"
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
 slow = pytest.mark.slow
+exhaustive = (slow, pytest.mark.exhaustive)
 quick = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 either_direction = pytest.mark.parametrize("reverse", [False, True])
 
 
 # ------------------------------------------------------------ the shared suite
 
-SLOW_PROPERTIES = (
-    scan_suite.any_chunk_size,  # the kernels have no chunks
-    scan_suite.real_initialisation,
-)
+MARKS = {
+    scan_suite.any_chunk_size: exhaustive,  # the kernels have no chunks
+    scan_suite.two_runs_give_the_same_bits: exhaustive,  # `test_blocks_of_many_channels` does it
+    scan_suite.real_initialisation: slow,
+}
 
 
 @pytest.mark.parametrize(
     "check",
-    [
-        pytest.param(check, marks=slow if check in SLOW_PROPERTIES else ())
-        for check in scan_suite.PROPERTIES
-    ],
+    [pytest.param(check, marks=MARKS.get(check, ())) for check in scan_suite.PROPERTIES],
     ids=lambda check: check.__name__,
 )
 def test_property(check):
@@ -54,19 +53,29 @@ def test_property(check):
 @slow
 @either_direction
 @pytest.mark.parametrize("layout", ["bld", "bdl"])
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", [pytest.param(False, marks=exhaustive), True])
 def test_every_layout_and_direction(reverse, layout, segments):
     scan_suite.options(GPU, reverse, layout, segments)
 
 
+# D and z meet in the result, bias and segments in the step size: each without the other.
 @slow
-@pytest.mark.parametrize("name", ["D", "z", "delta_bias", "initial_state", "segment_ids"])
-def test_one_option_alone(name):
-    scan_suite.one_option_alone(GPU, name)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("D", "delta_bias"),
+        ("z", "segment_ids"),
+        *(
+            pytest.param((name,), marks=exhaustive)
+            for name in ("D", "z", "delta_bias", "initial_state", "segment_ids")
+        ),
+    ],
+)
+def test_some_options_without_the_others(names):
+    scan_suite.one_option_alone(GPU, *names)
 
 
-@slow
-@pytest.mark.parametrize("sizes", scan_suite.SIZES)
+@pytest.mark.parametrize("sizes", [pytest.param(x, marks=exhaustive) for x in scan_suite.SIZES])
 def test_any_size(sizes):
     scan_suite.size(GPU, sizes)
 
@@ -77,8 +86,9 @@ def test_any_size(sizes):
     [
         (128, "float32", None, True),
         (372, "float16", 2, True),
-        (372, "bfloat16", None, False),
-        (1134, "bfloat16", 2, True),
+        pytest.param(372, "bfloat16", None, False, marks=exhaustive),
+        (1134, "bfloat16", 2, False),
+        pytest.param(1134, "bfloat16", 2, True, marks=exhaustive),
     ],
 )
 def test_mamba_ssm(length, dtype, groups, optional):
@@ -92,11 +102,10 @@ def test_mamba_ssm(length, dtype, groups, optional):
 TILES = 300
 
 
-@either_direction
-@pytest.mark.parametrize("layout", ["bdl"])
-def test_two_tiles(reverse, layout):
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=exhaustive)])
+def test_two_tiles(reverse):
     case = inputs(1, length=TILES, state=16, groups=2, initial_state=True)
-    scan_suite.compare(GPU, case, layout=layout, reverse=reverse)
+    scan_suite.compare(GPU, case, layout="bdl", reverse=reverse)
 
 
 @either_direction
@@ -107,7 +116,7 @@ def test_units_that_follow_each_other(reverse, monkeypatch):
         monkeypatch.setattr(
             triton_gpu,
             name,
-            lambda *size, choose=choose: dataclasses.replace(choose(*size), unit=1),
+            lambda *size, choose=choose, **save: dataclasses.replace(choose(*size, **save), unit=1),
         )
     case = inputs(3, batch=2, length=600, state=16, groups=2, channels=6, initial_state=True)
     scan_suite.compare(GPU, case, layout="bdl", reverse=reverse)
@@ -156,14 +165,20 @@ def test_an_infinite_state_stays_in_its_segment_over_threads_and_tiles(reverse):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
-        pytest.param("float32", scan_suite.FLOAT32, marks=slow),
-        pytest.param("float16", 2**-10, marks=slow),
+        pytest.param("float32", scan_suite.FLOAT32, marks=exhaustive),
+        pytest.param("float16", 2**-10, marks=exhaustive),
         ("bfloat16", 2**-7),
     ],
 )
-def test_whole_tiles_need_no_masks(dtype, tolerance):
-    case = inputs(3, length=256, channels=8, state=4, dtype=jnp.dtype(dtype), initial_state=True)
+def test_whole_tiles_need_no_masks(dtype, tolerance, monkeypatch):
+    """The backward copies ahead what it needs: in two rounds of 16 channels, in two programs."""
+    monkeypatch.setattr(triton_gpu, "channels_of_a_program", lambda per_group, others: 32)
+    jax.clear_caches()
+    case = inputs(
+        3, batch=1, length=256, channels=64, state=16, dtype=jnp.dtype(dtype), initial_state=True
+    )
     scan_suite.compare(GPU, case, layout="bdl", tolerance=tolerance)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -172,10 +187,11 @@ def test_whole_tiles_need_no_masks(dtype, tolerance):
         {"length": 1, "channels": 1, "state": 1, "optional": False},
         # More states than lanes, and than the backward kernel takes at a time.
         {"length": 7, "channels": 3, "state": 20, "batch": 1},
-        pytest.param({"length": 130, "channels": 3, "state": 64, "segments": True}, marks=slow),
+        pytest.param({"length": 130, "channels": 3, "state": 64}, marks=slow),
         pytest.param({"length": 1134, "channels": 3, "state": 16, "groups": 3}, marks=slow),
         pytest.param(
-            {"length": 1134, "channels": 6, "state": 20, "groups": 2, "segments": True}, marks=slow
+            {"length": 1134, "channels": 6, "state": 20, "groups": 2, "segments": True},
+            marks=exhaustive,
         ),
     ],
 )
@@ -185,16 +201,22 @@ def test_sizes(sizes):
 
 @slow
 def test_blocks_of_many_channels(monkeypatch):
-    """dB and dC summed over 16 channels in a program and over three programs."""
-    monkeypatch.setattr(triton_gpu, "channels_of_a_program", lambda per_group, others: 16)
+    """dB and dC are sums over 32 channels and two programs: right, and the same bits again."""
+    monkeypatch.setattr(triton_gpu, "channels_of_a_program", lambda per_group, others: 32)
     jax.clear_caches()
     case = inputs(5, batch=1, length=70, channels=78, groups=2, state=8, segments=True)
     scan_suite.compare(GPU, case)
+    arguments = (*scan_suite.split(case), *scan_suite.cotangents(case))
+    run = functools.partial(scan_suite.with_gradients, implementation=GPU, layout="bld")
+    jax.tree.map(np.testing.assert_array_equal, run(*arguments), run(*arguments))
     jax.clear_caches()
 
 
-@slow
-@pytest.mark.parametrize("seed", range(4))
+# The two of CI: 9 forwards with all operands in bfloat16, 22 backwards without most of them.
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(x, marks=slow if x in (9, 22) else exhaustive) for x in (*range(5), 9, 22)],
+)
 def test_random_calls(seed):
     rng = np.random.default_rng(seed)
     channels, groups = [(1, 1), (4, 2), (6, 3), (5, 5), (34, 2)][rng.integers(5)]
@@ -208,13 +230,14 @@ def test_random_calls(seed):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=slow)])
+@either_direction
 def test_calls_with_a_carried_state_equal_one_call(reverse):
     """Values and gradients; the cuts are inside a segment and inside padding."""
-    length, pieces = 130, 3
-    case = inputs(6, length=length * pieces, channels=3, initial_state=True)
-    ids = np.cumsum(np.isin(np.arange(length * pieces), [64, 200, 300]))
-    ids[255:265] = -1
+    # Each call has the shapes of the suite, and so its kernels.
+    length, pieces = 19, 3
+    case = scan_suite.standard_inputs(6, length=length * pieces)
+    ids = np.cumsum(np.isin(np.arange(length * pieces), [8, 25, 50]))
+    ids[34:42] = -1
     case["segment_ids"] = jnp.asarray(np.stack([ids, ids]), jnp.int32)
     dy, dh = scan_suite.cotangents(case)
     operands, ids = scan_suite.split(case)
@@ -247,11 +270,11 @@ def test_calls_with_a_carried_state_equal_one_call(reverse):
 # ------------------------------------------------------------ JAX's transformations
 
 # The shape that most properties of the suite have, and so the same kernels.
-shared_shape = functools.partial(inputs, segments=True, initial_state=True)
+shared_shape = scan_suite.standard_inputs
 
 
 def test_vmap_with_the_same_weights_for_all():
-    cases = [shared_shape(seed) for seed in (30, 31)]
+    cases = [shared_shape(seed, batch=1) for seed in (30, 31)]
     weights = {k: cases[0][k] for k in ("A", "D", "delta_bias")}
     cases = [case | weights for case in cases]
     dys, dhs = zip(*(scan_suite.cotangents(c, s) for s, c in enumerate(cases)), strict=True)
@@ -342,7 +365,7 @@ def test_inside_shard_map(axis):
     if jax.device_count() < 2:
         pytest.skip("needs 2 devices")
     mesh = jax.make_mesh((2,), (axis,), devices=jax.devices()[:2])
-    case = shared_shape(35, length=19 if axis == "batch" else 38)
+    case = shared_shape(35, **({"batch": 4} if axis == "batch" else {"length": 38}))
     dy, dh = scan_suite.cotangents(case)
     wide = P("batch") if axis == "batch" else P(None, "length")
     specs = {k: wide if k in (*POSITIONS, "segment_ids") else P() for k in case}
