@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from storm_kernels.selective_scan import selective_scan
+from storm_kernels.selective_scan import selective_scan, selective_scan_bidirectional
 from tests.kernels.scan_cases import QUICK_COMPILE, flipped, inputs, packed_ids, swapped
 from tests.kernels.scan_oracle import POSITIONS, oracle
 
@@ -359,6 +359,39 @@ def under_vmap_checkpoint_and_scan(implementation):
                 close(got[i], value)
 
 
+def both_directions_in_one_call(implementation):
+    """u, z and the segments are the same for both."""
+    one, other = (standard_inputs(seed) for seed in (22, 23))
+    other |= {name: one[name] for name in ("u", "z", "segment_ids")}
+    dys, dhs = zip(*(cotangents(case, seed) for seed, case in enumerate((one, other))), strict=True)
+    expected = [
+        oracle(case, dy, dh, reverse=reverse)
+        for case, dy, dh, reverse in zip((one, other), dys, dhs, (False, True), strict=True)
+    ]
+    operands, ids = split(one)
+    operands |= {k: (v, other[k]) for k, v in operands.items() if k not in ("u", "z")}
+
+    @quick
+    def run(operands):
+        def scan(operands):
+            return selective_scan_bidirectional(
+                **operands, segment_ids=ids, delta_softplus=True, return_final_state=True,
+                implementation=implementation, chunk_size=4,
+            )  # fmt: skip
+
+        outputs, pull = jax.vjp(scan, operands)
+        return *outputs, pull((dys, dhs))[0]
+
+    y, h, gradients = run(operands)
+    for i, (y_one, h_one, gradients_one) in enumerate(expected):
+        close(y[i], y_one)
+        close(h[i], h_one)
+        for name in operands.keys() - {"u", "z"}:
+            close(gradients[name][i], gradients_one[name], name=name)
+    for name in ("u", "z"):
+        close(gradients[name], sum(e[2][name] for e in expected), name=name)
+
+
 def two_runs_give_the_same_bits(implementation):
     case = inputs(21, length=50, channels=40, groups=2, segments=True, initial_state=True)
     arguments = (*split(case), *cotangents(case))
@@ -396,6 +429,7 @@ PROPERTIES = (
     nothing_at_padding_is_read,
     an_infinite_state_stays_in_its_segment,
     under_vmap_checkpoint_and_scan,
+    both_directions_in_one_call,
     two_runs_give_the_same_bits,
 )
 """Those that take nothing but the implementation."""
