@@ -23,11 +23,13 @@ setup(
         "av>=18",  # earlier ones lack what exact seeking needs
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface-hub>=1.0",
         "jax>=0.10.2",
         "ml-collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.4",
+        "safetensors>=0.6",  # bfloat16 as NumPy arrays
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",  # writes and reads ArrayRecord without TensorFlow
         "tqdm>=4.66",

@@ -89,6 +89,40 @@ class Checkpoints:
         self._orbax.close()
 
 
+def save_params(workdir: str | Path, params: Params, run: RunConfig) -> Path:
+    """Writes parameters alone, as step 0 of a new workdir; `load_params` reads them.
+
+    Args:
+      params: some parts or all of them.
+      run: the configuration that they fit.
+
+    Returns:
+      The folder of the checkpoint.
+
+    Raises:
+      CheckpointError: there are checkpoints already.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; give a new folder")
+    about = {
+        "layout": LAYOUT, "step": 0, "config": dataclasses.asdict(run), "data_fingerprint": "",
+    }  # fmt: skip
+    with ocp.training.Checkpointer(str(folder)) as orbax:
+        orbax.save_checkpointables(0, {"state": {"params": params}}, custom_metadata=about)
+    return folder / "0"
+
+
+def describe(path: str | Path) -> tuple[RunConfig, dict[str, tuple[tuple[int, ...], str]]]:
+    """A checkpoint's configuration, and shape and dtype of its parameters by name."""
+    folder, step = find(path)
+    with ocp.training.Checkpointer(str(folder)) as orbax:
+        saved = orbax.checkpointables_metadata(step).metadata["state"]["params"]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(saved)
+    names = {"/".join(str(key.key) for key in where): x for where, x in leaves}
+    return read_config(path), {n: (tuple(x.shape), str(x.dtype)) for n, x in names.items()}
+
+
 def find(path: str | Path) -> tuple[Path, int]:
     """The folder of checkpoints and the step that `path` names: a workdir, or one checkpoint in it.
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train", "generate"}  # modules of storm_jax that nothing imports
+COMMANDS = {"convert", "generate", "train"}  # modules of storm_jax that nothing imports
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training"},
     "inference": {"config", "parallel", "models", "training", "checkpoint"},
+    "interop": {"config", "models"},
 }
 # Third-party packages that a package must not import.
 FORBIDDEN = {
