@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from flax import nnx
 
 from storm_jax.interop.files import Weights, WeightsError
 from storm_jax.interop.names import Name
@@ -115,7 +116,7 @@ def load_part(
     Raises:
       WeightsError: a tensor has another shape than the model needs.
     """
-    wanted = {"/".join(path): leaf for path, leaf in _flat(abstract)}
+    wanted = nnx.traversals.flatten_mapping(abstract, sep="/")
     table = {name.ours: name for name in names}
     if set(wanted) != set(table):
         raise WeightsError(f"the table of names and the model differ: {set(wanted) ^ set(table)}")
@@ -134,8 +135,8 @@ def load_part(
             except ValueError as error:
                 raise WeightsError(f"{weights.folder}: {hf}: {error}") from error
 
-        out[tuple(ours.split("/"))] = _placed(leaf, fetch, name.stacked)
-    return _nested(out)
+        out[ours] = _placed(leaf, fetch, name.stacked)
+    return nnx.traversals.unflatten_mapping(out, sep="/")
 
 
 def _placed(leaf, fetch: Callable[[int], np.ndarray], stacked: bool) -> jax.Array:
@@ -164,21 +165,3 @@ def _placed(leaf, fetch: Callable[[int], np.ndarray], stacked: bool) -> jax.Arra
         return shards[tuple(s.indices(n) for s, n in zip(index, shape, strict=True))]
 
     return jax.make_array_from_callback(shape, sharding, shard)
-
-
-def _flat(tree: Params, path: tuple[str, ...] = ()):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def _nested(flat: dict[tuple[str, ...], jax.Array]) -> Params:
-    tree: Params = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
