@@ -293,7 +293,8 @@ class ScanCost:
         bundles: of everything that a block of 1024 channels needs, elementwise work and the
             change between natural and row form included.
         recurrence: of the loops over positions that hold the recurrence, and backward its products
-            and their sums.
+            and their sums; with softplus or a gate also elementwise loops with as many
+            exponentials.
         overhead: of the rest of a grid step, which its blocks share: B and C spread over the
             lanes, the pipeline's own bundles, what runs at the first and the last step alone.
         slots: as `bundles`, by unit.
@@ -320,9 +321,10 @@ def scan_cost(kernel: Kernel, generation: str, state: int = 16) -> ScanCost:
     """
     per_step = SPANS[generation] * state
     positions = SPANS[generation] * (1 if "backward" in kernel.name else 2)
-    # The recurrence has as many exponentials as there are states and positions: 8 states of 8
-    # positions in the smallest of its loops.
-    hot = [loop for loop in kernel.innermost() if loop.slots["EUP"] >= 4 * state]
+    # The recurrence has as many exponentials as there are states and positions: in its smallest
+    # loop half of the states at 16 positions, backward at 8.
+    least = (4 if "backward" in kernel.name else 8) * state
+    hot = [loop for loop in kernel.innermost() if loop.slots["EUP"] >= least]
     around = [loop for loop in kernel.loops if all(inner.inside(loop) for inner in hot)]
     if len(around) < 2:
         raise ValueError(

@@ -2,16 +2,17 @@
 
 Time runs against the scan. For each span and each block of 1024 channels these loops run: dt,
 dt * u and the gradient of y before the gate (natural form); the states of the span from the saved
-one, kept in VMEM; the gradient of the state back through the span, 16 positions at a time in three
-loops; the rest of the chain rule (natural form). One step back, for every state n (mamba_ssm's
-mathematics):
+one, kept in VMEM; the gradient of the state back through the span, half a span at a time, then
+the sums over sublanes of what it left; the rest of the chain rule (natural form). One step back,
+for every state n, with e = dt A and r = C dy:
 
-    g += C dy          the gradient of the state after the step
-    dC = sum h_after dy,  dB = sum g x,  dx = sum_n g B
-    g *= a;  s = g h_before;  dA += s dt,  ddt = sum_n s A
+    g += r             the gradient of the state after the step
+    dC C = sum r h_after,  y dy = sum_n r h_after,  dB = sum g x,  dx = sum_n g B
+    g *= exp(e);  s = g h_before;  dA A = sum s e,  ddt dt = sum_n s e
 
-The sums over n are additions of registers. Those over channels, dB and dC, are products stored as
-registers, added over sublanes once 16 positions are done and over lanes once a span is.
+So one product serves two sums, and what is divided by (dt, A, C, and z for the gradient of the
+gate) is kept `away_from_zero`. The sums over n are additions of registers. Those over channels, dB
+and dC, are products stored as registers, added over sublanes later and over lanes once a span.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ def backward(
         The gradients of the arrays, in their dtypes; those of A, D and delta_bias float32 with one
         row per batch row, None for what is not differentiated.
     """
-    # The kernel returns some sums over channels times C, and some over positions times A.
+    # The kernel's sums for the gradients of A and C are those times A and C.
     arrays = dataclasses.replace(
         operands.arrays,
         A=tiles.away_from_zero(operands.arrays.A.astype(jnp.float32)),
@@ -123,17 +124,17 @@ def _gradients(operands: Operands, geo: Geometry, results: dict[str, jax.Array])
     def stream(name):
         return operands.cut_channels(results[name], -1)[:, :length]
 
-    def column(x, like):
+    def column(x, like, times=None):
         # Sums lie as [register, sublane, lane], the lane counting slower than the sublane.
         x = x.reshape(geo.batch, geo.groups, geo.supers, *x.shape[2:]).sum(axis=2)
         x = x.swapaxes(-1, -2).reshape(geo.batch, geo.groups, geo.time_blocks * geo.spans, -1)
         x = x[..., : geo.span * geo.rows].reshape(geo.batch, geo.groups, -1, geo.rows)
         x = x[:, :, :length, : like.shape[-1]].swapaxes(1, 2)
+        if times is not None:
+            x = x / times.astype(jnp.float32)
         if arrays.valid is not None:
             x = jnp.where(arrays.valid[:, :, None, None], x, 0)
         return x.astype(like.dtype)
-
-    A, C = (x.astype(jnp.float32) for x in (arrays.A, arrays.C))
 
     def vector(name):
         if name not in results:
@@ -144,12 +145,12 @@ def _gradients(operands: Operands, geo: Geometry, results: dict[str, jax.Array])
         u=stream("du"),
         delta=stream("ddelta"),
         B=column(results["dB"], arrays.B),
-        C=(column(results["dC"], C) / C).astype(arrays.C.dtype),
+        C=column(results["dC"], arrays.C, times=arrays.C),
         z=stream("dz") if "dz" in results else None,
         initial_state=operands.state_out(results["dinitial"]),
         valid=None,
         restart=None,
-        A=operands.state_out(results["dA"]) / (A * tiles.LOG2_E),
+        A=operands.state_out(results["dA"]) / (arrays.A * tiles.LOG2_E),
         D=vector("dD"),
         delta_bias=vector("ddelta_bias"),
     )
