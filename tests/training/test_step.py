@@ -20,8 +20,8 @@ SMALL = {"model.decoder.layers": 1, "train.steps": 4, "train.optimizer.warmup_fr
 
 
 @functools.cache
-def program(overrides: tuple, mesh_config: MeshConfig, devices: int):
-    """What most of the time goes into: the configuration, its mesh, first state and jitted step."""
+def first_state(overrides: tuple, mesh_config: MeshConfig, devices: int):
+    """The model, its optimizer, its mesh, and the state at the start with its layout."""
     config = run_config(**SMALL, **dict(overrides))
     model = StormModel(config.model)
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
@@ -29,8 +29,18 @@ def program(overrides: tuple, mesh_config: MeshConfig, devices: int):
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
     state = init_state(model, optimizer, parts, mesh, seed=0)
     layouts = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, parts, mesh))
-    step = jax.jit(make_train_step(model, optimizer, config.train), donate_argnums=0)
-    return config, mesh, state, layouts, step
+    return model, optimizer, mesh, state, layouts
+
+
+@functools.cache
+def program(overrides: tuple, mesh_config: MeshConfig, devices: int):
+    """A configuration, what `first_state` gives for it, and the jitted step."""
+    config = run_config(**SMALL, **dict(overrides))
+    # How steps are made does not change where they start.
+    changed = tuple(x for x in overrides if x[0].startswith(("model.", "train.optimizer.")))
+    first = first_state(changed, mesh_config, devices)
+    step = jax.jit(make_train_step(*first[:2], config.train), donate_argnums=0)
+    return config, *first[2:], step
 
 
 def run(overrides: dict, mesh_config: MeshConfig, devices: int, steps: int = 2, targets=None):
