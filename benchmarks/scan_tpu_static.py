@@ -28,7 +28,7 @@ def row(generation: str, dtype: str, fused: bool, backward: bool) -> dict:
     program = tpu_cost.scan_program(
         **COUNTED, dtype=dtype, fused=fused, backward=backward, segments=False
     )
-    kernel = tpu_cost.compile_and_count(program, generation)[-1]
+    kernel = tpu_cost.scan_kernel(tpu_cost.compile_and_count(program, generation), backward)
     cost = tpu_cost.scan_cost(kernel, generation, STATE)
     rooflines = {}
     for batch, length, channels in SHAPES:

@@ -191,7 +191,8 @@ def compile_and_count(program: str, topology: str, timeout: float = 600.0) -> li
         timeout: seconds.
 
     Returns:
-        The Pallas kernels of the compiled function in order of compilation.
+        The Pallas kernels of the compiled function; libtpu compiles some at once, so in no certain
+        order.
 
     Raises:
         RuntimeError: libtpu is missing or refused the program; the message ends with its words.
@@ -278,6 +279,13 @@ def gradients(call, dy, dstate):
 function = gradients if {backward} else pallas_tpu_scan
 arguments = (call, stream, state) if {backward} else (call,)
 """
+
+
+def scan_kernel(kernels: list[Kernel], backward: bool) -> Kernel:
+    """The one that `scan_program` was written for: a backward also compiles its forward."""
+    name = "selective_scan_" + ("backward" if backward else "forward")
+    [kernel] = [kernel for kernel in kernels if kernel.name == name]
+    return kernel
 
 
 SPANS = {"v4": 32, "v5e": 64, "v5p": 64, "v6e": 64}

@@ -32,7 +32,8 @@ SMALL_ODD = {"batch": 2, "length": 77, "channels": 130, "state": 5}
 def test_compiles_forward_and_backward(generation, dtype, sizes):
     program = tpu_cost.scan_program(**sizes, dtype=dtype, fused=True, backward=True)
     kernels = tpu_cost.compile_and_count(program, generation)
-    assert [k.name for k in kernels] == ["selective_scan_forward", "selective_scan_backward"]
+    assert {k.name for k in kernels} == {"selective_scan_forward", "selective_scan_backward"}
+    assert len(kernels) == 2
 
 
 def cost(generation, fused, backward):
@@ -40,7 +41,8 @@ def cost(generation, fused, backward):
         batch=1, length=512, channels=7168, state=16, dtype="bfloat16", fused=fused,
         backward=backward, segments=False,
     )  # fmt: skip
-    return tpu_cost.scan_cost(tpu_cost.compile_and_count(program, generation)[-1], generation)
+    kernel = tpu_cost.scan_kernel(tpu_cost.compile_and_count(program, generation), backward)
+    return tpu_cost.scan_cost(kernel, generation)
 
 
 @exhaustive

@@ -1,5 +1,7 @@
 """Reading libtpu's dumps, on a small one written by hand in its form."""
 
+import dataclasses
+
 import pytest
 
 from storm_kernels import tpu_cost
@@ -54,6 +56,16 @@ def test_inner_loops_count_as_often_as_they_run(kernel):
     executed = kernel.executed(kernel.loops[1])
     assert executed["bundle"] == 13 - 6 + 5 * 6
     assert executed["EUP"] == 2 * 5 and executed["VALU"] == 4 * (13 - 6 + 5 * 6)
+
+
+def test_the_scan_among_kernels_in_any_order(kernel):
+    forward, backward = (
+        dataclasses.replace(kernel, name=f"selective_scan_{name}")
+        for name in ("forward", "backward")
+    )
+    for kernels in ([forward, backward], [backward, forward], [kernel, backward, forward]):
+        assert tpu_cost.scan_kernel(kernels, backward=False) is forward
+        assert tpu_cost.scan_kernel(kernels, backward=True) is backward
 
 
 def test_roofline_names_the_binding_resource(kernel):

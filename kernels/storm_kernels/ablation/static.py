@@ -146,7 +146,7 @@ def _compiled_own(channels, state, dtype, fused, backward, generation) -> tpu_co
         batch=1, length=_LENGTH, channels=channels, state=state, dtype=dtype,
         fused=fused, backward=backward, segments=False,
     )  # fmt: skip
-    return tpu_cost.compile_and_count(program, generation)[-1]
+    return tpu_cost.scan_kernel(tpu_cost.compile_and_count(program, generation), backward)
 
 
 def _of_user(source: str, shape: Shape, setting: Setting, backward: bool, generation: str):

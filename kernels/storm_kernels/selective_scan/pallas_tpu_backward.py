@@ -303,7 +303,7 @@ def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
         h = [tiles.row(r.h, n0 + n) for n in range(states)]
         for n in range(states):
             r.history[_register(geo, 0, n0 + n), :] = h[n]
-        tiles.carry_steps(geo, 0, geo.span, 16, some, h)
+        tiles.carry_steps(geo, 0, geo.span, 32, some, h)
 
     tiles.parts_of_states(geo, _HELD_AGAIN, part)
 

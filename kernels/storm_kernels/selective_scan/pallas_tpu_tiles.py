@@ -71,7 +71,7 @@ class Geometry:
     reverse: bool
     softplus: bool
     marked: bool
-    unroll: int = 16
+    unroll: int = 32
 
     @property
     def width(self) -> int:
