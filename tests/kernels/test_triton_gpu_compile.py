@@ -28,28 +28,28 @@ SHAPES = {
 # float32 without and with. Measured, the larger of Triton 3.9.0 and 3.6.0, each with its own ptxas.
 SPILLED = {
     ("scan_forward", "few rows"): {
-        80: (32, 48, 48, 80),
-        90: (48, 64, 32, 72),
-        100: (40, 64, 32, 56),
+        80: (64, 56, 48, 40),
+        90: (64, 80, 56, 64),
+        100: (72, 72, 80, 64),
     },
-    ("scan_adjoint", "few rows"): dict.fromkeys((80, 90, 100), (0, 0, 0, 0)),
+    ("scan_adjoint", "few rows"): {80: (0, 0, 0, 0), 90: (0, 0, 0, 8), 100: (0, 0, 0, 8)},
     ("scan_backward", "few rows"): {
-        80: (0, 128, 0, 152),
-        90: (56, 88, 104, 104),
-        100: (48, 272, 80, 288),
+        80: (120, 216, 120, 200),
+        90: (136, 272, 136, 256),
+        100: (176, 336, 160, 312),
     },
     ("scan_forward", "many rows"): {
-        80: (112, 168, 208, 256),
-        90: (104, 136, 184, 240),
-        100: (104, 144, 192, 224),
+        80: (32, 48, 56, 112),
+        90: (40, 72, 40, 88),
+        100: (48, 64, 48, 72),
     },
-    ("scan_adjoint", "many rows"): {80: (0, 0, 0, 8), 90: (0, 0, 8, 8), 100: (0, 0, 8, 8)},
-    ("scan_forward", "masked"): {90: (88, 72, 64, 72)},
-    ("scan_adjoint", "masked"): {90: (0, 0, 0, 0)},
-    ("scan_backward", "masked"): {90: (0, 128, 16, 56)},
-    ("scan_forward", "many states"): {90: (56, 144)},
+    ("scan_adjoint", "many rows"): {80: (0, 0, 8, 8), 90: (0, 0, 0, 16), 100: (0, 0, 0, 16)},
+    ("scan_forward", "masked"): {90: (72, 72, 48, 64)},
+    ("scan_adjoint", "masked"): {90: (0, 0, 0, 8)},
+    ("scan_backward", "masked"): {90: (232, 320, 232, 328)},
+    ("scan_forward", "many states"): {90: (64, 64)},
     ("scan_adjoint", "many states"): {90: (0, 0)},
-    ("scan_backward", "many states"): {90: (8, 88)},
+    ("scan_backward", "many states"): {90: (136, 272)},
 }
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that a CTA can have, by compute capability (CUDA C++ Programming Guide)."""
@@ -127,4 +127,4 @@ def test_the_limit_on_registers_follows_the_number_of_rows():
         launches(shape, jnp.dtype("bfloat16"), False)["scan_forward"].options["maxnreg"]
         for shape in ("few rows", "many rows")
     )
-    assert (few, many) == (168, 128)
+    assert (few, many) == (255, 168)
