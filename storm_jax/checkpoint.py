@@ -108,7 +108,15 @@ def save_params(workdir: str | Path, params: Params, run: RunConfig) -> Path:
     about = {
         "layout": LAYOUT, "step": 0, "config": dataclasses.asdict(run), "data_fingerprint": "",
     }  # fmt: skip
-    with ocp.training.Checkpointer(str(folder)) as orbax:
+    # Without a limit Orbax copies all parameters before it writes the first.
+    limit = max(x.nbytes for x in jax.tree.leaves(params)) + 1
+    memory = ocp.options.MemoryOptions(
+        write_concurrent_bytes=limit, transfer_concurrent_bytes=limit
+    )
+    with (
+        ocp.Context(memory_options=memory),
+        ocp.training.Checkpointer(str(folder)) as orbax,
+    ):
         orbax.save_checkpointables(0, {"state": {"params": params}}, custom_metadata=about)
     return folder / "0"
 
