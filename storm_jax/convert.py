@@ -28,7 +28,7 @@ from storm_jax.interop.files import Weights, WeightsError, resolve
 from storm_jax.models.storm import Params, StormModel, count_parameters
 from storm_jax.models.vit import resize_positions
 from storm_jax.parallel.mesh import make_mesh
-from storm_jax.training.state import parameter_shardings
+from storm_jax.training.state import abstract_params
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _VIT = flags.DEFINE_string("vit", None, "SigLIP: a transformers folder or a Hugging Face id.")
@@ -63,13 +63,7 @@ def import_weights(
         raise WeightsError("nothing to import: give --vit, --decoder or both")
     if (Path(out) / "checkpoints").exists():
         raise CheckpointError(f"{Path(out) / 'checkpoints'} exists; give a new folder as --out")
-    model = StormModel(config.model)
-    mesh = make_mesh(config.mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        model.abstract(),
-        parameter_shardings(model, mesh),
-    )
+    abstract = abstract_params(StormModel(config.model), make_mesh(config.mesh))
     params: Params = {}
     if vit:
         params["vit"] = _import_vit(config, resolve(vit), abstract["vit"])

@@ -14,7 +14,7 @@ from storm_jax.config import RunConfig
 from storm_jax.models.decoder import Cache
 from storm_jax.models.storm import Params, StormModel
 from storm_jax.parallel.mesh import make_mesh
-from storm_jax.training.state import parameter_shardings
+from storm_jax.training.state import abstract_params
 
 # Sequences are padded to a multiple of this, so that prompts of similar length share a compilation.
 LENGTH_STEP = 128
@@ -56,12 +56,7 @@ def load(path: str | Path, *, max_frames: int = 0, temporal_sampling: int = 0) -
         config = dataclasses.replace(config, model=model_config)
     model = StormModel(config.model)
     mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=1))
-    dtype = jnp.dtype(config.model.dtype)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
-        model.abstract(),
-        parameter_shardings(model, mesh),
-    )
+    abstract = abstract_params(model, mesh, jnp.dtype(config.model.dtype))
     return LoadedModel(config, model, checkpoint.load_params(path, abstract), mesh)
 
 

@@ -66,7 +66,7 @@ def resolve(name: str) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's own errors, network errors, malformed ids

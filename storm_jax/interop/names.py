@@ -20,13 +20,13 @@ class Name:
     """One parameter in both worlds.
 
     Attributes:
-      ours: path inside its part; of a stacked parameter without the axis of layers in `inputs`.
+      ours: path inside its part.
       hf: name in the checkpoint, with "{layer}" if our parameter stacks the layers.
       form: "same": the same numbers in the same order, axes may be joined;
         "linear": ours is [*inputs, *outputs], theirs [outputs, inputs];
         "patches": ours is [row * column * channel, outputs], theirs a Conv2d's [outputs, channel,
         row, column].
-      inputs: leading axes of a "linear" that are inputs.
+      inputs: leading axes of a "linear", that of layers not counted, that are inputs.
     """
 
     ours: str

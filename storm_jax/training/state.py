@@ -26,6 +26,21 @@ def parameter_shardings(model: StormModel, mesh: jax.sharding.Mesh) -> Params:
     )
 
 
+def abstract_params(
+    model: StormModel, mesh: jax.sharding.Mesh, dtype: jnp.dtype | None = None
+) -> Params:
+    """Shapes, dtypes and shardings of the parameters; nothing is allocated.
+
+    Args:
+      dtype: None: float32, as they are trained.
+    """
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
+        model.abstract(),
+        parameter_shardings(model, mesh),
+    )
+
+
 def abstract_state(
     model: StormModel,
     optimizer: optax.GradientTransformation,
@@ -36,11 +51,7 @@ def abstract_state(
 
     Adam's moments lie where their parameters lie.
     """
-    params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        model.abstract(),
-        parameter_shardings(model, mesh),
-    )
+    params = abstract_params(model, mesh)
     whole = jax.NamedSharding(mesh, jax.P())
     with jax.set_mesh(mesh):
         opt_state = jax.eval_shape(optimizer.init, split_parts(params, parts)[0])

@@ -23,7 +23,7 @@ from storm_jax.models.decoder import Decoder
 from storm_jax.models.storm import StormModel
 from storm_jax.models.vit import resize_positions
 from storm_jax.parallel.mesh import make_mesh
-from storm_jax.training.state import parameter_shardings
+from storm_jax.training.state import abstract_params
 from tests.models.references import decoder_params, randomise, vit_params, with_params
 from tests.tiny import run_config, tiny_model
 
@@ -104,11 +104,7 @@ def saved(model, folder, **options):
 
 def loaded(config, written, part):
     """A part of a checkpoint as `--config.init_from` reads it."""
-    model = StormModel(config.model)
-    shardings = parameter_shardings(model, make_mesh(config.mesh))
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.abstract(), shardings
-    )
+    abstract = abstract_params(StormModel(config.model), make_mesh(config.mesh))
     return checkpoint.load_params(written, {part: abstract[part]})[part]
 
 
@@ -230,12 +226,7 @@ def test_bfloat16_stays_and_shardings_hold(tmp_path):
     config = run(decoder=found, mesh=MeshConfig(data=1, fsdp=2, tensor=2))
     devices = jax.devices()[:4]
     mesh = make_mesh(config.mesh, devices)
-    model = StormModel(config.model)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        model.abstract()["decoder"],
-        parameter_shardings(model, mesh)["decoder"],
-    )
+    abstract = abstract_params(StormModel(config.model), mesh)["decoder"]
     weights = Weights(folder)
     params = load.load_part(weights, decoder_names(found), load.decoder_spelling(weights), abstract)
     expected = nnx.traversals.flatten_mapping(decoder_params(reference.float(), found))

@@ -151,6 +151,7 @@ def scan_adjoint(
             of the initial state (written).
         edges: float32 [batch, SEGMENTS, E, N], the gradient with respect to the state
             with which the scan leaves every SEGMENT steps.
+        progress: as in `scan_forward`.
         REVERSE: the direction of the adjoint, which is not the scan's.
     """
     T: gl.constexpr = K * LANES

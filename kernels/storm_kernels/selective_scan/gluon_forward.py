@@ -194,6 +194,7 @@ def scan_forward(
         tile_marks: int32 [batch, tiles], 0 where all marks of a tile are 1.
         saved: float32 [batch, SEGMENTS, E, N], the state with which the scan enters
             every SEGMENT steps; nothing is saved if SEGMENT is 0.
+        progress: see `gluon_units`; not touched if UNIT is the whole sequence.
     """
     T: gl.constexpr = K * LANES
     TILES: gl.constexpr = (L + T - 1) // T

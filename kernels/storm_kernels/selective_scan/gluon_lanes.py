@@ -398,7 +398,7 @@ def _sum_assembly(lanes, stride):
 @gluon.jit
 def lane_scan(
     h, p, LANES: gl.constexpr, DIRECTIONS: gl.constexpr, RESTARTS: gl.constexpr,
-    STRIDE: gl.constexpr = 1,
+    STRIDE: gl.constexpr,
 ):  # fmt: skip
     """Inclusive scans of h = p * h_before + h over the lanes of a row, one or two at a time.
 
@@ -424,7 +424,7 @@ def lane_scan(
 
 
 @gluon.jit
-def lane_shift(x, edge, LANES: gl.constexpr, DIRECTION: gl.constexpr, STRIDE: gl.constexpr = 1):
+def lane_shift(x, edge, LANES: gl.constexpr, DIRECTION: gl.constexpr, STRIDE: gl.constexpr):
     """x of the lane before ("up") or after ("down"); `edge` where there is none."""
     return gl.inline_asm_elementwise(
         _shift_assembly(LANES, DIRECTION, STRIDE), "=f,f,f", [x, edge],
@@ -480,7 +480,7 @@ def store_borders(
 
 
 @gluon.jit
-def lane_sum(x, LANES: gl.constexpr, STRIDE: gl.constexpr = 1):
+def lane_sum(x, LANES: gl.constexpr, STRIDE: gl.constexpr):
     """The sum over the lanes of a row, in all of them."""
     return gl.inline_asm_elementwise(
         _sum_assembly(LANES, STRIDE), "=&f,f", [x], dtype=gl.float32, is_pure=True, pack=1
