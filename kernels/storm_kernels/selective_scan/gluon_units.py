@@ -25,7 +25,7 @@ def take_unit(progress, ROWS: gl.constexpr, UNITS: gl.constexpr):
     unit = gl.program_id(2)
     if UNITS > 1:
         ticket = gl.atomic_add(progress, 1, sem="relaxed")
-        # ROWS is a constant: as the number of programs over UNITS it spills (8 bytes more a thread).
+        # ROWS is a constant: as the number of programs over UNITS it spills 8 bytes more.
         row = ticket % ROWS
         unit = ticket // ROWS
     return row, unit
