@@ -34,9 +34,9 @@ SPILLED = {
     },
     ("scan_adjoint", "few rows"): {80: (0, 0, 0, 0), 90: (0, 0, 0, 8), 100: (0, 0, 0, 8)},
     ("scan_backward", "few rows"): {
-        80: (120, 216, 120, 200),
-        90: (136, 272, 136, 256),
-        100: (176, 336, 160, 312),
+        80: (112, 208, 112, 200),
+        90: (144, 264, 144, 256),
+        100: (184, 336, 200, 304),
     },
     ("scan_forward", "many rows"): {
         80: (32, 48, 56, 112),
@@ -46,10 +46,10 @@ SPILLED = {
     ("scan_adjoint", "many rows"): {80: (0, 0, 8, 8), 90: (0, 0, 0, 16), 100: (0, 0, 0, 16)},
     ("scan_forward", "masked"): {90: (72, 72, 48, 64)},
     ("scan_adjoint", "masked"): {90: (0, 0, 0, 8)},
-    ("scan_backward", "masked"): {90: (232, 320, 232, 328)},
+    ("scan_backward", "masked"): {90: (216, 336, 224, 336)},
     ("scan_forward", "many states"): {90: (64, 64)},
     ("scan_adjoint", "many states"): {90: (0, 0)},
-    ("scan_backward", "many states"): {90: (136, 272)},
+    ("scan_backward", "many states"): {90: (144, 264)},
 }
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that a CTA can have, by compute capability (CUDA C++ Programming Guide)."""

@@ -36,33 +36,39 @@ def _enter_assembly(levels, stride, reverse, restarts):
     """The states with which the lanes are entered, the scan's and the adjoint's, side by side."""
     lanes = 1 << levels
     directions = ("down", "up") if reverse else ("up", "down")
-    firsts = (lanes - 1, 0) if reverse else (0, lanes - 1)
-    lines = ["{ .reg .pred p; .reg .f32 t, d, h, g;"]
-    lines.append("mov.f32 h, $2; mov.f32 g, $3;")
+    lines = ["{ .reg .pred p; .reg .f32 h, g, d, t0, t1;", "mov.f32 h, $2; mov.f32 g, $3;"]
 
     def shuffle(i, target, source, distance):
         end = f"{distance * stride}, {_bound(lanes, stride, directions[i])}, 0xffffffff;"
         lines.append(f"shfl.sync.{directions[i]}.b32 {target}, {source}, {end}")
 
-    def add(i, decay, source):
+    def add(i, predicate, decay, source):
         if restarts:  # zero times an infinite state would be no number
-            lines.append(f"setp.neu.and.f32 p, {decay}, 0f00000000, p;")
-        lines.append(f"@p fma.rn.f32 {'hg'[i]}, {decay}, {source}, {'hg'[i]};")
+            lines.append(f"setp.neu.and.f32 p, {decay}, 0f00000000, {predicate};")
+            predicate = "p"
+        lines.append(f"@{predicate} fma.rn.f32 {'hg'[i]}, {decay}, {source}, {'hg'[i]};")
 
+    # Which lanes have another so far before or after them is known. Shuffles would tell it too, but
+    # ptxas gives all their answers one register, and the two chains would wait for each other.
     for i in range(2):
-        lines.append(f"setp.eq.u32 p, $6, {firsts[i]};")
-        add(i, "$7", f"${4 + i}")
+        for level in range(levels):
+            up = directions[i] == "up"
+            how, limit = ("ge", 1 << level) if up else ("lt", lanes - (1 << level))
+            lines.append(f".reg .pred q{i}{level}; setp.{how}.u32 q{i}{level}, $6, {limit};")
+        add(i, f"!q{i}0", "$7", f"${4 + i}")
     for level in range(levels):
         distance = 1 << level
         if level:
             # The decay of the lanes from this one onward is that of the last of them backward.
             shuffle(1, "d", f"${7 + level}", distance - 1)
         for i in range(2):
-            shuffle(i, "t|p", "hg"[i], distance)
-            add(i, "d" if i and level else f"${7 + level}", "t")
+            shuffle(i, f"t{i}", "hg"[i], distance)
+        for i in range(2):
+            add(i, f"q{i}{level}", "d" if i and level else f"${7 + level}", f"t{i}")
     for i in range(2):
-        shuffle(i, "t|p", "hg"[i], 1)
-        lines.append(f"selp.f32 ${i}, t, ${4 + i}, p;")
+        shuffle(i, f"t{i}", "hg"[i], 1)
+    for i in range(2):
+        lines.append(f"selp.f32 ${i}, t{i}, ${4 + i}, q{i}0;")
     return "\n".join([*lines, "}"])
 
 
