@@ -10,22 +10,24 @@ COMMANDS = {"convert", "generate", "train"}  # modules of storm_jax that nothing
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
-    "config": set(),
+    "frames": set(),
+    "config": {"frames"},
     "parallel": {"config"},
     "models": {"config", "parallel"},
-    "data": {"config"},
+    "data": {"config", "frames"},
     "flops": {"config", "models"},
     "metrics": set(),
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training"},
     "inference": {"config", "parallel", "models", "training", "checkpoint"},
-    "interop": {"config", "models"},
+    "interop": {"config", "data", "frames", "models"},
 }
 # Third-party packages that a package must not import.
 FORBIDDEN = {
     "models": {"torch", "transformers", "av", "grain", "orbax"},
     "data": {"jax", "flax", "orbax"},
     "config": {"jax", "flax"},
+    "frames": {"jax", "flax"},
     "storm_kernels": {"storm_jax", "flax", "torch"},
 }
 

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from storm_jax.config import VISUAL
-from storm_jax.data.records import Turn
+from storm_jax.data.conversation import Turn
+from storm_jax.frames import VISUAL
 
 if TYPE_CHECKING:  # transformers takes a second to import; data workers never need it
     from tokenizers import Tokenizer
