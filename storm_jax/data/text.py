@@ -195,6 +195,19 @@ def _special_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> int:
 # -------------------------------------------------------------------------------------- templates
 
 
+def spelled(template: Template, turns: Sequence[Turn], prompt: bool) -> str:
+    """The conversation as one string: special tokens by name, placeholders as they are.
+
+    With `prompt` up to where the next answer begins. Tokenizers turn the string into what `encode`
+    and `encode_prompt` return, but for texts that spell special tokens and answers that begin with
+    a line break.
+
+    Raises:
+      TemplateError: turns that the template has no form for.
+    """
+    return "".join(piece.text for piece in _render(template, turns, prompt))
+
+
 def _render(template: Template, turns: Sequence[Turn], prompt: bool) -> list[_Piece]:
     """The conversation as pieces, in order; with `prompt` also the header of the answer to come."""
     if not turns:

@@ -1,0 +1,1 @@
+"""The PyTorch twin: source files that travel with an exported model."""
