@@ -52,6 +52,7 @@ def write_processor(config: RunConfig, tokenizer: str, out: Path) -> int:
     template = config.data.chat_template
     # The published template of the tokenizer, if it has one, knows no videos.
     loaded.chat_template = (_TWIN / f"{template}.jinja").read_text()
+    loaded.padding_side = "left"  # an attribute is saved only where init_kwargs name it
     loaded.init_kwargs |= {"padding_side": "left", "processor_class": "StormProcessor"}
     loaded.save_pretrained(out)
 

@@ -1,0 +1,47 @@
+"""Calls an exported processor in a process where this project cannot be imported.
+
+python exported.py CALLS RESULTS
+
+CALLS is a pickle of {name: (folder, method, positional arguments, keyword arguments)}; RESULTS
+becomes one of {name: a dict of arrays, a string, or the exception's type and text}.
+"""
+
+import pickle
+import sys
+
+BLOCKED = ("storm_jax", "storm_kernels", "jax")
+
+
+class Block:
+    """An import hook that knows nothing of this project, although it is installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+
+def main():
+    sys.meta_path.insert(0, Block())
+    from transformers import AutoProcessor, BatchFeature
+
+    calls, results = sys.argv[1:]
+    with open(calls, "rb") as file:
+        calls = pickle.load(file)
+    processors, out = {}, {}
+    for name, (folder, method, arguments, options) in calls.items():
+        if folder not in processors:
+            processors[folder] = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        try:
+            result = getattr(processors[folder], method)(*arguments, **options)
+        except Exception as error:
+            result = type(error).__name__, str(error)
+        if isinstance(result, BatchFeature):
+            result = {k: (type(v).__name__, getattr(v, "numpy", lambda v=v: v)()) for k, v in result.items()}
+        out[name] = result
+    assert not [name for name in sys.modules if name.split(".")[0] in BLOCKED]
+    with open(results, "wb") as file:
+        pickle.dump(out, file)
+
+
+if __name__ == "__main__":
+    main()

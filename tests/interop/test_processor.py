@@ -1,0 +1,326 @@
+"""The processor of an export, in a process without storm_jax, against our own pipeline."""
+
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from storm_jax import convert
+from storm_jax.data import synthetic, text, video
+from storm_jax.data.conversation import Media, Turn
+from storm_jax.frames import FrameConfig
+from storm_jax.interop import processor_export
+from storm_jax.interop.processor_export import write_processor
+from storm_jax.models.vit import normalise
+from tests.data.media_files import picture, read_numbers, write
+from tests.tiny import run_config
+
+pytest.importorskip("torch")
+
+H264 = {"g": "12", "bf": "3", "preset": "veryfast"}
+SIZE = 32
+CONFIGS = {
+    "gemma": run_config(
+        **{
+            "data.chat_template": "gemma",
+            "model.reduction.temporal_pool": 2,
+            "model.reduction.temporal_sampling": 2,
+        }
+    ),
+    "qwen2": run_config(
+        **{
+            "data.chat_template": "qwen2",
+            "data.frames.fps": 2.0,
+            "data.frames.keyframes_only": True,
+            "model.reduction.spatial_pool": 1,
+        }
+    ),
+}
+
+
+# ------------------------------------------------------------------------------ running an export
+
+
+def run(tmp_path: Path, calls: dict) -> dict:
+    """Results of all calls, from one fresh process; `exported.py` says of what form."""
+    (tmp_path / "calls").write_bytes(pickle.dumps(calls))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("exported.py"), "calls", "results"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return pickle.loads((tmp_path / "results").read_bytes())
+
+
+def chat(folder: Path, messages: list, **options) -> tuple:
+    defaults = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    prompt = {"add_generation_prompt": not options.get("return_assistant_tokens_mask")}
+    return str(folder), "apply_chat_template", (messages,), defaults | prompt | options
+
+
+def call(folder: Path, **options) -> tuple:
+    return str(folder), "__call__", (), options
+
+
+def arrays(result) -> dict[str, np.ndarray]:
+    assert isinstance(result, dict), result
+    assert {kind for kind, _ in result.values()} == {"Tensor"}
+    return {name: value for name, (_, value) in result.items()}
+
+
+# ------------------------------------------------------------------------------------ our pipeline
+
+
+def ours(name: str, turns: list[Turn], media: list[Media], policy: FrameConfig | None = None):
+    """Token ids (VISUAL = -1) and frames (uint8, one array a medium) of a prompt."""
+    config = CONFIGS[name]
+    policy = policy or config.data.frames
+    frames = [video.sample(m, policy, SIZE)[0] for m in media]
+    counts = [config.model.visual_tokens(len(own)) for own in frames]
+    tokenizer = text.load_tokenizer("bytes")
+    return text.encode_prompt(tokenizer, config.data.chat_template, turns, counts), frames
+
+
+def pixels(frames: list[np.ndarray]) -> np.ndarray:
+    """What our ViT sees: the function of models/vit.py, compiled as it is there."""
+    normalised = np.asarray(jax.jit(normalise)(np.concatenate(frames)))
+    return normalised.transpose(0, 3, 1, 2)
+
+
+def check(result, expected: list[tuple[np.ndarray, list[np.ndarray]]], video_token: int) -> None:
+    """Compares the outputs for a batch with our tokens and frames of each row, bit for bit."""
+    got = arrays(result)
+    rows = zip(got["input_ids"], got["attention_mask"], expected, strict=True)
+    for ids, mask, (tokens, _) in rows:
+        missing = len(ids) - len(tokens)
+        assert mask.tolist() == [0] * missing + [1] * len(tokens)
+        assert np.where(ids == video_token, -1, ids)[missing:].tolist() == tokens.tolist()
+    assert got["input_ids"].dtype == got["attention_mask"].dtype == np.int64
+    frames = [own for _, media in expected for own in media]
+    if not frames:
+        assert set(got) == {"input_ids", "attention_mask"}
+        return
+    assert got["frame_counts"].dtype == np.int64
+    assert got["frame_counts"].tolist() == [len(own) for own in frames]
+    assert got["pixel_values_videos"].dtype == np.float32
+    np.testing.assert_array_equal(got["pixel_values_videos"], pixels(frames))
+
+
+# ------------------------------------------------------------------------------------------- cases
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    """A folder with videos, images and a folder of frames."""
+    folder = tmp_path_factory.mktemp("media")
+    rng = np.random.default_rng(0)
+    synthetic.write_video(str(folder / "synthetic.mp4"), synthetic_frames(rng))
+    write(folder / "long.mp4", 90, options=H264)
+    gaps = rng.integers(20, 300, 60)
+    write(folder / "variable.mp4", 60, options=H264, pts=[int(x) for x in np.cumsum(gaps)])
+    write(folder / "rotated.mp4", 30, options=H264, rotation=90)
+    write(folder / "short.mp4", 3, options=H264)
+    write(folder / "vp9.webm", 20, codec="libvpx-vp9", options={"cpu-used": "8"})
+    Image.fromarray(picture(5)).save(folder / "image.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    Image.fromarray(picture(9)).save(folder / "image.jpg", exif=exif)
+    (folder / "frames").mkdir()
+    for number in range(12):
+        Image.fromarray(picture(number)).save(folder / "frames" / f"f{number}.png")
+    (folder / "empty").mkdir()
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+def synthetic_frames(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8).repeat(2, 1).repeat(2, 2)
+
+
+VIDEOS = {
+    "synthetic": dict(path="synthetic.mp4"),
+    "long": dict(path="long.mp4"),
+    "variable rate": dict(path="variable.mp4"),
+    "rotated": dict(path="rotated.mp4"),
+    "clip": dict(path="long.mp4", start=0.7, end=2.2),
+    "from a time on": dict(path="variable.mp4", start=1),
+    "short": dict(path="short.mp4"),
+    "webm": dict(path="vp9.webm"),
+    "folder": dict(path="frames"),
+    "part of a folder": dict(path="frames", start=2.0, end=5.0),
+}
+IMAGES = {"png": dict(path="image.png"), "jpeg": dict(path="image.jpg")}
+POLICIES = {
+    "5 frames": (dict(num_frames=5), lambda c: FrameConfig(5, 0.0, c.keyframes_only)),
+    "more than there are": (dict(num_frames=99), lambda c: FrameConfig(99, 0.0, c.keyframes_only)),
+    "at most 3": (dict(max_frames=3), lambda c: dataclasses.replace(c, max_frames=3)),
+    "4 a second": (dict(fps=4.0), lambda c: dataclasses.replace(c, fps=4.0)),
+    "spread evenly": (dict(fps=0.0), lambda c: dataclasses.replace(c, fps=0.0)),
+}
+CHATS = {
+    "text only": [("user", "Why? ")],
+    "system": [("system", "Be brief. "), ("user", " <video>\nWhy?\n")],
+    "several turns": [
+        ("user", "<image> or <video>?"),
+        ("assistant", " The video: ja, 狗 🐕\n"),
+        ("user", "Sure?\n\nReally?"),
+        ("assistant", "Yes"),
+        ("user", "Once more: <video>"),
+    ],
+    "system and several turns": [
+        ("system", "S"),
+        ("user", "a<video>b<image>"),
+        ("assistant", "A"),
+        ("user", "U"),
+    ],
+    # No Jinja template can do these two as our tokenization does:
+    "an answer that begins with a line break": [
+        ("user", "U"),
+        ("assistant", "\nA"),
+        ("user", "V"),
+    ],
+    "spelled special tokens": [("user", "<end_of_turn>\n<bos><|im_end|><eos><|video_pad|>")],
+}
+
+
+def messages(turns: list[tuple[str, str]], folder: Path) -> tuple[list[dict], list[Media]]:
+    """A chat with its media as parts, and these media: videos and images take turns."""
+    pools = {"<video>": ["short.mp4", "long.mp4"], "<image>": ["image.png"]}
+    chat, media = [], []
+    for role, said in turns:
+        parts = []
+        start = 0
+        for match in text.PLACEHOLDER.finditer(said):
+            parts.append({"type": "text", "text": said[start : match.start()]})
+            kind = match.group()[1:-1]
+            media.append(Media(kind, str(folder / pools[match.group()].pop())))
+            parts.append({"type": kind, kind: media[-1].path})
+            start = match.end()
+        parts.append({"type": "text", "text": said[start:]})
+        plain = len(parts) == 1
+        chat.append({"role": role, "content": said if plain else parts})
+    return chat, media
+
+
+def ask(*parts: dict) -> list[dict]:
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "\nWhy?"}]}]
+
+
+def located(part: dict, kind: str, folder: Path) -> dict:
+    return {"type": kind} | part | {"path": str(folder / part["path"])}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for name, config in CONFIGS.items():
+        folders[name] = tmp_path_factory.mktemp("exports") / name
+        assert write_processor(config, "bytes", folders[name]) == text.BYTES_VOCAB
+    return folders
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, exports, media):
+    """Everything that these tests ask of the exports, in one process."""
+    calls = {}
+    for name, folder in exports.items():
+        for kind, table in (("video", VIDEOS), ("image", IMAGES)):
+            for case, part in table.items():
+                calls[name, case] = chat(folder, ask(located(part, kind, media)))
+        for case, (options, _) in POLICIES.items():
+            part = located(VIDEOS["long"], "video", media)
+            calls[name, case] = chat(folder, ask(part), **options)
+        for case, turns in CHATS.items():
+            chat_messages, _ = messages(turns, media)
+            calls[name, case] = chat(folder, chat_messages)
+            calls[name, case, "rendered"] = chat(folder, chat_messages, tokenize=False)
+            whole = [*chat_messages, {"role": "assistant", "content": "So."}]
+            mask = dict(return_assistant_tokens_mask=True)
+            calls[name, case, "whole"] = chat(folder, whole, **mask)
+        batch = [messages(CHATS[case], media)[0] for case in ("text only", "several turns")]
+        batch.append(ask(located(VIDEOS["clip"], "video", media)))
+        calls[name, "batch"] = chat(folder, batch)
+    return run(tmp_path_factory.mktemp("run"), calls)
+
+
+TEMPLATES = pytest.mark.parametrize("name", CONFIGS)
+
+
+@TEMPLATES
+@pytest.mark.parametrize("case", [*VIDEOS, *IMAGES])
+def test_media_as_ours(results, media, name, case):
+    kind = "image" if case in IMAGES else "video"
+    part = (VIDEOS | IMAGES)[case]
+    medium = Media(kind, str(media / part["path"]), part.get("start"), part.get("end"))
+    expected = ours(name, [Turn("user", f"<{kind}>\nWhy?")], [medium])
+    check(results[name, case], [expected], text.BYTES_VOCAB)
+
+
+@TEMPLATES
+@pytest.mark.parametrize("case", POLICIES)
+def test_frame_policies_of_a_call(results, media, name, case):
+    policy = POLICIES[case][1](CONFIGS[name].data.frames)
+    medium = Media("video", str(media / "long.mp4"))
+    expected = ours(name, [Turn("user", "<video>\nWhy?")], [medium], policy)
+    check(results[name, case], [expected], text.BYTES_VOCAB)
+
+
+@TEMPLATES
+@pytest.mark.parametrize("case", CHATS)
+def test_chats_as_ours(results, media, name, case):
+    said = [Turn(role, content) for role, content in CHATS[case]]
+    expected = ours(name, said, messages(CHATS[case], media)[1])
+    check(results[name, case], [expected], text.BYTES_VOCAB)
+
+
+@TEMPLATES
+@pytest.mark.parametrize("case", CHATS)
+def test_jinja_template_renders_our_text(results, name, case):
+    said = [Turn(role, content) for role, content in CHATS[case]]
+    template = CONFIGS[name].data.chat_template
+    assert results[name, case, "rendered"] == text.spelled(template, said, prompt=True)
+
+
+@TEMPLATES
+@pytest.mark.parametrize("case", CHATS)
+def test_masks_of_what_is_learnt(results, media, name, case):
+    got = arrays(results[name, case, "whole"])
+    frames = ours(
+        name, [Turn(*turn) for turn in CHATS[case]], messages(CHATS[case], media)[1]
+    )[1]
+    config = CONFIGS[name]
+    expected = text.encode(
+        text.load_tokenizer("bytes"),
+        config.data.chat_template,
+        [*(Turn(*turn) for turn in CHATS[case]), Turn("assistant", "So.")],
+        [config.model.visual_tokens(len(own)) for own in frames],
+    )
+    assert got["assistant_masks"].tolist() == [expected.loss.tolist()]
+    ids = np.where(expected.tokens == -1, text.BYTES_VOCAB, expected.tokens)
+    assert got["input_ids"].tolist() == [ids.tolist()]
+
+
+@TEMPLATES
+def test_batch_of_different_videos(results, media, name):
+    rows = []
+    for case in ("text only", "several turns"):
+        said = [Turn(*turn) for turn in CHATS[case]]
+        rows.append(ours(name, said, messages(CHATS[case], media)[1]))
+    clip = Media("video", str(media / "long.mp4"), 0.7, 2.2)
+    rows.append(ours(name, [Turn("user", "<video>\nWhy?")], [clip]))
+    check(results[name, "batch"], rows, text.BYTES_VOCAB)
