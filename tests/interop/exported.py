@@ -3,7 +3,8 @@
 python exported.py CALLS RESULTS
 
 CALLS is a pickle of {name: (folder, method, positional arguments, keyword arguments)}; RESULTS
-becomes one of {name: a dict of arrays, a string, or the exception's type and text}.
+becomes one of {name: what was returned, an output as {name: (its type, array)}, or the name and
+text of an exception}.
 """
 
 import pickle
@@ -18,6 +19,12 @@ class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in BLOCKED:
             raise ImportError(f"{name} is blocked")
+
+
+def plain(value):
+    """Name of the type, and the value as an array where it is a tensor."""
+    kind = type(value).__name__
+    return kind, value.numpy() if kind == "Tensor" else value
 
 
 def main():
@@ -36,7 +43,7 @@ def main():
         except Exception as error:
             result = type(error).__name__, str(error)
         if isinstance(result, BatchFeature):
-            result = {k: (type(v).__name__, getattr(v, "numpy", lambda v=v: v)()) for k, v in result.items()}
+            result = {name: plain(value) for name, value in result.items()}
         out[name] = result
     assert not [name for name in sys.modules if name.split(".")[0] in BLOCKED]
     with open(results, "wb") as file:

@@ -8,20 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from storm_jax import convert
 from storm_jax.data import synthetic, text, video
 from storm_jax.data.conversation import Media, Turn
 from storm_jax.frames import FrameConfig
 from storm_jax.interop import processor_export
 from storm_jax.interop.processor_export import write_processor
 from storm_jax.models.vit import normalise
-from tests.data.media_files import picture, read_numbers, write
+from tests.data.media_files import picture, write
 from tests.tiny import run_config
 
 pytest.importorskip("torch")
@@ -255,7 +253,139 @@ def results(tmp_path_factory, exports, media):
         batch = [messages(CHATS[case], media)[0] for case in ("text only", "several turns")]
         batch.append(ask(located(VIDEOS["clip"], "video", media)))
         calls[name, "batch"] = chat(folder, batch)
+    for case, options in rendered_calls(media).items():
+        calls[case] = call(exports["gemma"], **options)
+    for case, (method, options, _) in mistakes(media).items():
+        calls[case] = method(exports["gemma"], **options)
+
+    part = ask(located(VIDEOS["clip"], "video", media))
+    own = "{% for m in messages %}[{{ m['content'][0]['type'] }}] <video>{% endfor %}"
+    calls["own template"] = chat(exports["gemma"], part, chat_template=own)
+    copy = exports["gemma"].parent / "copy"
+    calls["save"] = str(exports["gemma"]), "save_pretrained", (str(copy),), {}
+    calls["saved"] = chat(copy, part)
     return run(tmp_path_factory.mktemp("run"), calls)
+
+
+PROMPT = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
+ONE = PROMPT.format("<video>\nWhy?")
+
+
+def rendered_calls(folder: Path) -> dict[str, dict]:
+    """Arguments of `processor(...)`, whose prompts are rendered already."""
+    short, long = str(folder / "short.mp4"), str(folder / "long.mp4")
+    pictures = [picture(number) for number in range(12)]
+    mixed = PROMPT.format("<image> or <video>?")
+    pt = dict(return_tensors="pt")
+    return {
+        "path": dict(text=ONE, videos=long) | pt,
+        "bytes": dict(text=[ONE], videos=[Path(long).read_bytes()]) | pt,
+        "clip of bytes": dict(
+            text=ONE, videos={"video": Path(long).read_bytes(), "start": 0.7, "end": 2.2}
+        )
+        | pt,
+        "frames": dict(text=ONE, videos=str(folder / "frames")) | pt,
+        "array": dict(text=ONE, videos=np.stack(pictures)) | pt,
+        "pictures": dict(text=ONE, videos=[Image.fromarray(image) for image in pictures]) | pt,
+        "list of pictures": dict(text=ONE, videos=[pictures]) | pt,
+        "image file": dict(text=PROMPT.format("<image>"), images=folder / "image.jpg") | pt,
+        "image bytes": dict(
+            text=PROMPT.format("<image>"), images=[(folder / "image.jpg").read_bytes()]
+        )
+        | pt,
+        "flat": dict(text=[ONE, mixed], videos=[short, long], images=str(folder / "image.png"))
+        | pt,
+        "nested": dict(
+            text=[ONE, mixed], videos=[[short], [long]], images=[[], [str(folder / "image.png")]]
+        )
+        | pt,
+        "on the right": dict(text=[ONE, mixed], videos=[short, long], padding_side="right")
+        | dict(images=str(folder / "image.png"))
+        | pt,
+        "lists": dict(text=["a", "abc"], padding=False),
+    }
+
+
+def mistakes(folder: Path) -> dict[str, tuple]:
+    """What is called, and what the error must say."""
+    short = str(folder / "short.mp4")
+    float_video = np.zeros((2, 3, 8, 8), np.float32)
+
+    def chatting(**part):
+        return chat, dict(messages=ask(part))
+
+    return {
+        "missing file": (
+            call, dict(text=ONE, videos="no.mp4"),
+            ("MediaError", "no.mp4: cannot be opened: No such file or directory"),
+        ),
+        "broken file": (
+            call, dict(text=ONE, videos=str(folder / "broken.mp4")),
+            ("MediaError", "broken.mp4: cannot be opened: Invalid data"),
+        ),
+        "empty folder": (
+            call, dict(text=ONE, videos=str(folder / "empty")),
+            ("MediaError", "empty: is a folder without images"),
+        ),
+        "no frames": (
+            call, dict(text=ONE, videos=np.zeros((0, 8, 8, 3), np.uint8)),
+            ("MediaError", "video in memory: holds no frame"),
+        ),
+        "a clip behind the end": (
+            *chatting(type="video", path=short, start=7.0),
+            ("MediaError", "start=7 s is outside the video: the clip lasts 0.10 s"),
+        ),
+        "address": (
+            *chatting(type="video", url="https://a.b/c.mp4"),
+            ("MediaError", "https://a.b/c.mp4: is not a local path; download it first"),
+        ),
+        "too few": (
+            call, dict(text=[ONE, ONE], videos=[short]),
+            ("ValueError", "the texts hold 1 + 1 <video>, but 1 videos are given"),
+        ),
+        "too many": (
+            call, dict(text=ONE, videos=[short], images=[str(folder / "image.png")]),
+            ("ValueError", "the texts hold 0 <image>, but 1 images are given"),
+        ),
+        "in the wrong text": (
+            call, dict(text=[ONE, "b"], videos=[[], [short]]),
+            ("ValueError", "the texts hold 1 + 0 <video>, but 0 + 1 videos are given"),
+        ),
+        "spelled placeholder": (
+            *chatting(type="text", text="a <video> b"),
+            ("ValueError", "the text 'a <video> b' spells a placeholder"),
+        ),
+        "spelled video token": (
+            call, dict(text="a <|video_pad|>"),
+            ("ValueError", "spells <|video_pad|>, which marks visual tokens"),
+        ),
+        "part without a medium": (
+            *chatting(type="video"),
+            ("ValueError", "video part with 0 media: give one of video, path, url"),
+        ),
+        "unknown part": (*chatting(type="audio"), ("ValueError", "a part of type 'audio'")),
+        "unknown field": (
+            *chatting(type="video", path=short, nframes=3),
+            ("ValueError", "unknown fields ['nframes']"),
+        ),
+        "unknown option": (
+            chat, dict(messages=ask(), processor_kwargs={"size": 3}),
+            ("TypeError", "unknown ['size']; known are ['fps'"),
+        ),
+        "float pixels": (
+            call, dict(text=ONE, videos=float_video),
+            ("ValueError", "float32 [3, 8, 8]: uint8 [H, W, 3] is read"),
+        ),
+        "two policies": (
+            call, dict(text=ONE, videos=short, num_frames=3, fps=1.0),
+            ("ValueError", "leave out max_frames and fps"),
+        ),
+        "turns out of order": (
+            chat, dict(messages=[*ask(), *ask()]),
+            ("TemplateError", "turns must alternate"),
+        ),
+        "tools": (chat, dict(messages=ask(), tools=[{}]), ("ValueError", "has no place for it")),
+    }  # fmt: skip
 
 
 TEMPLATES = pytest.mark.parametrize("name", CONFIGS)
@@ -300,9 +430,7 @@ def test_jinja_template_renders_our_text(results, name, case):
 @pytest.mark.parametrize("case", CHATS)
 def test_masks_of_what_is_learnt(results, media, name, case):
     got = arrays(results[name, case, "whole"])
-    frames = ours(
-        name, [Turn(*turn) for turn in CHATS[case]], messages(CHATS[case], media)[1]
-    )[1]
+    frames = ours(name, [Turn(*turn) for turn in CHATS[case]], messages(CHATS[case], media)[1])[1]
     config = CONFIGS[name]
     expected = text.encode(
         text.load_tokenizer("bytes"),
@@ -324,3 +452,77 @@ def test_batch_of_different_videos(results, media, name):
     clip = Media("video", str(media / "long.mp4"), 0.7, 2.2)
     rows.append(ours(name, [Turn("user", "<video>\nWhy?")], [clip]))
     check(results[name, "batch"], rows, text.BYTES_VOCAB)
+
+
+def test_rendered_prompts(results, media):
+    short, long = (Media("video", str(media / name)) for name in ("short.mp4", "long.mp4"))
+    folder = Media("video", str(media / "frames"))
+    images = {name: Media("image", str(media / name)) for name in ("image.png", "image.jpg")}
+
+    def expect(content, *its_media):
+        return ours("gemma", [Turn("user", content)], list(its_media))
+
+    one = "<video>\nWhy?"
+    for case, medium in {
+        "path": long,
+        "bytes": long,
+        "clip of bytes": dataclasses.replace(long, start=0.7, end=2.2),
+        "frames": folder,
+        "array": folder,
+        "pictures": folder,
+        "list of pictures": folder,
+    }.items():
+        check(results[case], [expect(one, medium)], text.BYTES_VOCAB)
+    for case in ("image file", "image bytes"):
+        check(results[case], [expect("<image>", images["image.jpg"])], text.BYTES_VOCAB)
+    batch = [expect(one, short), expect("<image> or <video>?", images["image.png"], long)]
+    for case in ("flat", "nested"):
+        check(results[case], batch, text.BYTES_VOCAB)
+
+
+def test_padding(results):
+    left, right = arrays(results["flat"]), arrays(results["on the right"])
+    lengths = left["attention_mask"].sum(1)
+    assert lengths[0] != lengths[1]
+    for i, length in enumerate(lengths):
+        assert right["attention_mask"][i].tolist() == sorted(left["attention_mask"][i])[::-1]
+        np.testing.assert_array_equal(
+            right["input_ids"][i, :length],
+            left["input_ids"][i][len(left["input_ids"][i]) - length :],
+        )
+    np.testing.assert_array_equal(left["pixel_values_videos"], right["pixel_values_videos"])
+    lists = {name: value for name, (_, value) in results["lists"].items()}
+    assert lists == {"input_ids": [[97], [97, 98, 99]], "attention_mask": [[1], [1, 1, 1]]}
+
+
+def test_mistakes_are_named(results, media):
+    for case, (_, _, (kind, message)) in mistakes(media).items():
+        got = results[case]
+        assert isinstance(got, tuple), f"{case}: no error"
+        assert got[0] == kind and message in got[1], f"{case}: {got}"
+
+
+def test_own_template_decides_the_text(results):
+    ids = arrays(results["own template"])["input_ids"][0]
+    assert bytes(ids[ids < 256].tolist()) == b"[video] "
+    assert (ids == text.BYTES_VOCAB).sum() == CONFIGS["gemma"].model.visual_tokens(8)
+
+
+def test_saved_again_it_is_the_same(results, exports):
+    first, again = arrays(results["gemma", "clip"]), arrays(results["saved"])
+    assert set(first) == set(again)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, again[name])
+    shipped = {path.name for path in exports["gemma"].glob("*.py")}
+    assert {path.name for path in (exports["gemma"].parent / "copy").glob("*.py")} == shipped
+
+
+def test_what_is_shipped(exports):
+    folder = exports["gemma"]
+    names = {path.name for path in folder.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} < names
+    assert "processor_config.json" in names and not [n for n in names if n.endswith(".bin")]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["padding_side"] == "left" and settings["processor_class"] == "StormProcessor"
+    with pytest.raises(AssertionError, match="from storm_jax import data: only"):
+        processor_export.relative("import os\nfrom storm_jax import data\n")
