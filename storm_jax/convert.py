@@ -25,6 +25,7 @@ from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import text
 from storm_jax.interop import architecture, load, names
 from storm_jax.interop.files import Weights, WeightsError, resolve
+from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.models.storm import Params, StormModel, count_parameters
 from storm_jax.models.vit import resize_positions
 from storm_jax.parallel.mesh import make_mesh
@@ -110,11 +111,11 @@ def _import_decoder(config: RunConfig, folder: Path, abstract: Params) -> Params
 
 
 def _copy_tokenizer(folder: Path, out: Path) -> None:
-    """The decoder's tokenizer and chat template, beside the checkpoints."""
+    """The decoder's tokenizer, chat template and generation config, beside the checkpoints."""
     if not any(folder.glob("tokenizer*")):
         _say(f"{folder} has no tokenizer: set data.tokenizer of the run")
         return
-    text.load_tokenizer(str(folder)).save_pretrained(out / "tokenizer")
+    save_tokenizer(text.load_tokenizer(str(folder)), out / "tokenizer")
     _say(f"its tokenizer: --config.data.tokenizer={out / 'tokenizer'}")
 
 

@@ -25,6 +25,7 @@ from storm_jax.data.records import RecordError
 from storm_jax.data.sources import BadRecord, DataError, open_sources
 from storm_jax.data.text import TokenizerError, load_tokenizer
 from storm_jax.flops import Work, peak_flops, training_flops
+from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.metrics import MetricWriter, Progress, require_finite
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
 from storm_jax.parallel import sharding
@@ -83,7 +84,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_vocabulary(config, len(tokenizer))
     if jax.process_index() == 0:
-        tokenizer.save_pretrained(workdir / "tokenizer")
+        save_tokenizer(tokenizer, workdir / "tokenizer")
     batches = pipeline.train_batches(
         config.data,
         config.model,

