@@ -38,6 +38,10 @@ Template = Literal["gemma", "qwen2"]
 
 PLACEHOLDER = re.compile("<video>|<image>")
 
+_TEMPLATE_TOKENS: dict[Template, tuple[str, ...]] = {
+    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+    "qwen2": ("<|im_start|>", "<|im_end|>"),
+}
 _QWEN2_SYSTEM = "You are a helpful assistant."
 
 
@@ -180,6 +184,18 @@ def stop_tokens(tokenizer: "PreTrainedTokenizerFast", template: Template) -> tup
     ids = [_special_id(tokenizer, end)]
     last = tokenizer.get_vocab().get(text_end)
     return tuple(ids if last is None else [*ids, last])
+
+
+def vocabulary_needed(tokenizer: "PreTrainedTokenizerFast", template: Template) -> int:
+    """One more than the largest id that `encode` can return: what the decoder's table must hold.
+
+    Special tokens that the template does not use can never come out, whatever a text spells:
+    Gemma 3's tokenizer has one for images, whose id its text models do not know.
+    """
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    plain = (id_ for id_ in tokenizer.get_vocab().values() if id_ not in special)
+    used = [_special_id(tokenizer, token) for token in _TEMPLATE_TOKENS[template]]
+    return 1 + max(*plain, *used)
 
 
 def _special_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> int:

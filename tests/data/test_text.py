@@ -182,6 +182,16 @@ def test_prompt_is_the_training_text_up_to_the_answer(tokenizer, template):
     assert np.flatnonzero(whole.loss)[0] == len(prompt)
 
 
+def test_vocabulary_needed(tokenizer):
+    assert text.vocabulary_needed(tokenizer, "gemma") == END + 1
+    assert text.vocabulary_needed(tokenizer, "qwen2") == IM_END + 1
+    more = text.load_tokenizer("bytes")
+    more.add_special_tokens({"extra_special_tokens": ["<|video_pad|>"]})
+    assert text.vocabulary_needed(more, "qwen2") == IM_END + 1
+    more.add_tokens(["word"])
+    assert text.vocabulary_needed(more, "qwen2") == len(more) == 266
+
+
 def test_stop_tokens_end_answers(tokenizer):
     assert text.stop_tokens(tokenizer, "gemma") == (END, 258)
     assert text.stop_tokens(tokenizer, "qwen2") == (IM_END, 263)

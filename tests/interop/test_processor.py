@@ -261,6 +261,12 @@ def results(tmp_path_factory, exports, media):
         calls[case] = method(exports["gemma"], **options)
 
     part = ask(located(VIDEOS["clip"], "video", media))
+    pictures = [picture(number) for number in range(12)]
+    calls["array part"] = chat(
+        exports["gemma"],
+        [ask({"type": "video", "video": np.stack(pictures)})]
+        + [ask({"type": "image", "image": Image.fromarray(pictures[5])})],
+    )
     own = "{% for m in messages %}[{{ m['content'][0]['type'] }}] <video>{% endfor %}"
     calls["own template"] = chat(exports["gemma"], part, chat_template=own)
     copy = exports["gemma"].parent / "copy"
@@ -365,7 +371,18 @@ def mistakes(folder: Path) -> dict[str, tuple]:
             *chatting(type="video"),
             ("ValueError", "video part with 0 media: give one of video, path, url"),
         ),
-        "unknown part": (*chatting(type="audio"), ("ValueError", "a part of type 'audio'")),
+        "unknown part": (
+            *chatting(type="audio"), ("ValueError", "a part {'type': 'audio'}: type text"),
+        ),
+        "no messages": (chat, dict(messages=[]), ("ValueError", "no messages")),
+        "no content": (
+            chat, dict(messages=[{"role": "user"}]),
+            ("ValueError", "a message whose content is None: a text or a list of parts"),
+        ),
+        "unknown role": (
+            chat, dict(messages=[{"role": "tool", "content": "a"}]),
+            ("ValueError", "a message of role 'tool'; known are system"),
+        ),
         "unknown field": (
             *chatting(type="video", path=short, nframes=3),
             ("ValueError", "unknown fields ['nframes']"),
@@ -480,6 +497,13 @@ def test_rendered_prompts(results, media):
     batch = [expect(one, short), expect("<image> or <video>?", images["image.png"], long)]
     for case in ("flat", "nested"):
         check(results[case], batch, text.BYTES_VOCAB)
+
+
+def test_pictures_as_parts_of_a_chat(results, media):
+    said = [Turn("user", "<video>\nWhy?")]
+    folder = ours("gemma", said, [Media("video", str(media / "frames"))])
+    image = ours("gemma", said, [Media("image", str(media / "image.png"))])
+    check(results["array part"], [folder, image], text.BYTES_VOCAB)
 
 
 def test_padding(results):

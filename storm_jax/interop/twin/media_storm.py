@@ -98,14 +98,16 @@ def read_chat(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Turn], list[M
     turns: list[Turn] = []
     media: list[Medium] = []
     for message in messages:
-        role, content = message["role"], message["content"]
+        role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             raise ValueError(f"a message of role {role!r}; known are {', '.join(_ROLES)}")
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"a message whose content is {content!r}: a text or a list of parts")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         said = ""
         for part in parts:
-            kind = part.get("type")
-            if kind == "text":
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and isinstance(part.get("text"), str):
                 if "<video>" in part["text"] or "<image>" in part["text"]:
                     raise ValueError(
                         f"the text {part['text'][:60]!r} spells a placeholder: give the medium as"
@@ -116,7 +118,9 @@ def read_chat(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Turn], list[M
                 said += f"<{kind}>"
                 media.append(_medium(kind, part))
             else:
-                raise ValueError(f"a part of type {kind!r}; text, image and video are read")
+                raise ValueError(
+                    f"a part {str(part)[:80]}: type text with a text, image and video are read"
+                )
         turns.append(Turn(cast(Role, role), said))
     return turns, media
 

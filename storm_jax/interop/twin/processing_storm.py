@@ -225,6 +225,8 @@ class StormProcessor(ProcessorMixin):
                 "return_assistant_tokens_mask is for whole conversations in the model's own"
                 " template: leave out add_generation_prompt and chat_template"
             )
+        if not conversation:
+            raise ValueError("no messages: a conversation needs at least one turn")
         single = isinstance(conversation[0], Mapping)
         chats = [conversation] if single else conversation
         turns, media = zip(*(read_chat(chat) for chat in chats), strict=True)
