@@ -124,7 +124,7 @@ class StormProcessor(ProcessorMixin):
             as one list for each text. Pictures in memory have no clock: all are taken, or
             `max_frames` spread evenly over them.
           num_frames: so many evenly spaced frames of each video, or all where it has fewer.
-          max_frames, fps: replace these parts of the stored frame policy.
+          max_frames, fps: replace these parts of the stored frame policy; fps=0 spreads evenly.
           padding: True or "longest", False.
           padding_side: "left" or "right".
           return_tensors: "pt", "np"; None: lists and arrays.
@@ -143,13 +143,13 @@ class StormProcessor(ProcessorMixin):
             "<video>": iter(assign("video", videos, texts)),
             "<image>": iter(assign("image", images, texts)),
         }
-        media = [[next(queues[mark]) for mark in PLACEHOLDER.findall(text)] for text in texts]
+        media = [[next(queues[mark]) for mark in PLACEHOLDER.findall(prompt)] for prompt in texts]
         frames = self._frames(media, self._policy(num_frames, max_frames, fps))
         encoded = [
-            expand(self._tokenize(text), self._visual_counts(own))
-            for text, own in zip(texts, frames, strict=True)
+            expand(self._tokenize(prompt), self._visual_counts(own))
+            for prompt, own in zip(texts, frames, strict=True)
         ]
-        return self._batch(encoded, frames, padding, padding_side, return_tensors, masks=False)
+        return self._batch(encoded, frames, padding, padding_side, return_tensors, False)
 
     # pyrefly: ignore[bad-override]  # no **kwargs: an unknown name is an error
     def apply_chat_template(
@@ -220,10 +220,11 @@ class StormProcessor(ProcessorMixin):
         if unknown := sorted(set(processor_kwargs or {}) - set(call)):
             raise TypeError(f"processor_kwargs: unknown {unknown}; known are {sorted(call)}")
         call |= processor_kwargs or {}
-        if return_assistant_tokens_mask and (add_generation_prompt or chat_template):
+        masks = return_assistant_tokens_mask
+        if masks and add_generation_prompt:
             raise ValueError(
-                "return_assistant_tokens_mask is for whole conversations in the model's own"
-                " template: leave out add_generation_prompt and chat_template"
+                "return_assistant_tokens_mask is for whole conversations: leave out"
+                " add_generation_prompt"
             )
         if not conversation:
             raise ValueError("no messages: a conversation needs at least one turn")
@@ -238,17 +239,11 @@ class StormProcessor(ProcessorMixin):
         policy = self._policy(call["num_frames"], call["max_frames"], call["fps"])
         frames = self._frames(media, policy)
         encoded = [
-            self._encode(text, said, self._visual_counts(own), add_generation_prompt)
-            for text, said, own in zip(rendered, turns, frames, strict=True)
+            self._encode(prompt, said, self._visual_counts(own), add_generation_prompt, masks)
+            for prompt, said, own in zip(rendered, turns, frames, strict=True)
         ]
-        out = self._batch(
-            encoded,
-            frames,
-            call["padding"],
-            call["padding_side"],
-            call["return_tensors"],
-            return_assistant_tokens_mask,
-        )
+        form = call["padding"], call["padding_side"], call["return_tensors"]
+        out = self._batch(encoded, frames, *form, masks)
         return out if return_dict else out["input_ids"]
 
     def _policy(
@@ -270,7 +265,12 @@ class StormProcessor(ProcessorMixin):
         return [reduction.groups(len(own)) * self.group_tokens for own in frames]
 
     def _encode(
-        self, rendered: str, turns: Sequence[Turn], counts: Sequence[int], prompt: bool
+        self,
+        rendered: str,
+        turns: Sequence[Turn],
+        counts: Sequence[int],
+        prompt: bool,
+        masks: bool,
     ) -> Encoded:
         """Token ids of a chat: the trainer's own where it is rendered as in training."""
         own = (self.tokenizer, self.chat_format, turns, counts)
@@ -278,6 +278,11 @@ class StormProcessor(ProcessorMixin):
             same = spelled(self.chat_format, turns, prompt) == rendered
         except TemplateError:  # the user's own template may have a form for it
             same = False
+        if masks and not same:
+            raise ValueError(
+                "return_assistant_tokens_mask: what is learnt is known for the model's own chat"
+                " template only"
+            )
         if not same:
             return expand(self._tokenize(rendered), counts)
         if prompt:
