@@ -230,6 +230,10 @@ def mistakes(folder: Path) -> dict[str, tuple]:
             chat, dict(messages=[{"role": "tool", "content": "a"}]),
             ("ValueError", "a message of role 'tool'; known are system"),
         ),
+        "medium of the system": (
+            chat, dict(messages=[{"role": "system", "content": [{"type": "image", "path": "a"}]}]),
+            ("ValueError", "image in a message of the system: only users show media"),
+        ),
         "unknown field": (
             *chatting(type="video", path=short, nframes=3),
             ("ValueError", "unknown fields ['nframes']"),

@@ -64,12 +64,12 @@ CONFIGS = {
 
 
 def run(tmp_path: Path, calls: dict) -> dict:
-    """Results of all calls, from one fresh process; `exported.py` says of what form."""
+    """Results of all calls, from one fresh process; `processor_calls.py` says of what form."""
     (tmp_path / "calls").write_bytes(pickle.dumps(calls))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("exported.py"), "calls", "results"],
+        [sys.executable, Path(__file__).with_name("processor_calls.py"), "calls", "results"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -1,1 +1,1 @@
-"""The PyTorch twin: source files that travel with an exported model."""
+"""Source files that travel with an export; their imports from storm_jax become relative there."""

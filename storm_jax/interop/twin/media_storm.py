@@ -92,8 +92,8 @@ def read_chat(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Turn], list[M
     """A chat as turns with a placeholder for each medium, and the media in this order.
 
     Raises:
-      ValueError: an unknown role or part, a part without its medium, or a text that spells a
-        placeholder.
+      ValueError: an unknown role or part, a part without its medium, a medium that is not shown by
+        the user (as in training data), or a text that spells a placeholder.
     """
     turns: list[Turn] = []
     media: list[Medium] = []
@@ -115,6 +115,8 @@ def read_chat(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Turn], list[M
                     )
                 said += part["text"]
             elif kind in ("video", "image"):
+                if role != "user":
+                    raise ValueError(f"{kind} in a message of the {role}: only users show media")
                 said += f"<{kind}>"
                 media.append(_medium(kind, part))
             else:

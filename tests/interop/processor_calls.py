@@ -1,6 +1,6 @@
 """Calls an exported processor in a process where this project cannot be imported.
 
-python exported.py CALLS RESULTS
+python processor_calls.py CALLS RESULTS
 
 CALLS is a pickle of {name: (folder, method, positional arguments, keyword arguments)}; RESULTS
 becomes one of {name: what was returned, an output as {name: (its type, array)}, or the name and
