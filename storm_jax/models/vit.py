@@ -104,7 +104,7 @@ def normalise(pixels: jax.Array) -> jax.Array:
     """uint8 [0, 255] as float32 [-1, 1], the same bits on every platform, compiled or not.
 
     2x - 255 is exact and one product follows. XLA compiles x / 127.5 - 1, which is the same number,
-    as a product with 1 / 127.5, with or without a fused addition: its last bit would differ.
+    as a product with 1 / 127.5, with or without a fused addition: its last bits would differ.
     """
     return (2 * pixels.astype(jnp.float32) - 255) * np.float32(1 / 255)
 
