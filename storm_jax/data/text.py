@@ -216,7 +216,7 @@ def spelled(template: Template, turns: Sequence[Turn], prompt: bool) -> str:
 
     With `prompt` up to where the next answer begins. Tokenizers turn the string into what `encode`
     and `encode_prompt` return, but for texts that spell special tokens and answers that begin with
-    a line break.
+    white space.
 
     Raises:
       TemplateError: turns that the template has no form for.
