@@ -5,11 +5,13 @@ position in the data is the step: every global batch follows from it (`data.pipe
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, cast
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from storm_jax.config import CheckpointConfig, RunConfig, from_mapping
@@ -184,13 +186,39 @@ def load_params(path: str | Path, abstract: Params) -> Params:
         if missing:
             raise CheckpointError(f"{where} has no part {', '.join(missing)}")
         check_same({part: saved[part] for part in abstract}, abstract, where)
+    return _load_partly(folder / str(step), abstract)
+
+
+def load_parameter(path: str | Path, name: str) -> np.ndarray:
+    """One parameter as it is stored, on the host, by its name ("vit/patch/weight") in `describe`.
+
+    Raises:
+      CheckpointError: there is no such parameter.
+    """
+    folder, step = find(path)
+    with ocp.training.Checkpointer(str(folder)) as orbax:
+        saved = orbax.checkpointables_metadata(step).metadata["state"]["params"]
+    parts = name.split("/")
+    try:
+        found = functools.reduce(lambda tree, part: tree[part], parts, saved)
+        # Says shape and dtype, and takes no memory.
+        wanted: Any = np.broadcast_to(np.zeros((), found.dtype), found.shape)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {folder / str(step)} has no parameter {name}") from error
+    for part in reversed(parts):
+        wanted = {part: wanted}
+    tree = _load_partly(folder / str(step), wanted)
+    return functools.reduce(lambda tree, part: tree[part], parts, tree)
+
+
+def _load_partly(where: Path, wanted: Params) -> Params:
     options = ocp.options.PyTreeOptions(
         loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
     )
     with ocp.Context(pytree_options=options):
-        tree = {"params": abstract}
-        where = str(folder / str(step))
-        return ocp.load_checkpointables(where, {"state": tree})["state"]["params"]
+        return ocp.load_checkpointables(str(where), {"state": {"params": wanted}})["state"][
+            "params"
+        ]
 
 
 def check_same(saved: Any, wanted: Any, where: str) -> None:
