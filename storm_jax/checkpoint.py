@@ -7,6 +7,7 @@ position in the data is the step: every global batch follows from it (`data.pipe
 import dataclasses
 import functools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,39 +187,38 @@ def load_params(path: str | Path, abstract: Params) -> Params:
         if missing:
             raise CheckpointError(f"{where} has no part {', '.join(missing)}")
         check_same({part: saved[part] for part in abstract}, abstract, where)
-    return _load_partly(folder / str(step), abstract)
+    with _partial_loading():
+        tree = {"params": abstract}
+        where = str(folder / str(step))
+        return ocp.load_checkpointables(where, {"state": tree})["state"]["params"]
 
 
-def load_parameter(path: str | Path, name: str) -> np.ndarray:
-    """One parameter as it is stored, on the host, by its name ("vit/patch/weight") in `describe`.
+def parameters(path: str | Path, names: Iterable[str]) -> Iterator[np.ndarray]:
+    """Parameters one by one, as they are stored, on the host; only the one asked for is read.
 
-    Raises:
-      CheckpointError: there is no such parameter.
+    Args:
+      path: a workdir (its newest checkpoint) or one checkpoint.
+      names: of parameters that are there ("vit/patch/weight"), as `describe` spells them.
     """
     folder, step = find(path)
     with ocp.training.Checkpointer(str(folder)) as orbax:
         saved = orbax.checkpointables_metadata(step).metadata["state"]["params"]
-    parts = name.split("/")
-    try:
-        found = functools.reduce(lambda tree, part: tree[part], parts, saved)
-        # Says shape and dtype, and takes no memory.
-        wanted: Any = np.broadcast_to(np.zeros((), found.dtype), found.shape)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {folder / str(step)} has no parameter {name}") from error
-    for part in reversed(parts):
-        wanted = {part: wanted}
-    tree = _load_partly(folder / str(step), wanted)
-    return functools.reduce(lambda tree, part: tree[part], parts, tree)
+    where = str(folder / str(step))
+    with _partial_loading():
+        for name in names:
+            parts = ["params", *name.split("/")]
+            found = functools.reduce(lambda tree, part: tree[part], parts[1:], saved)
+            # Says shape and dtype, and takes no memory.
+            wanted: Any = np.broadcast_to(np.zeros((), found.dtype), found.shape)
+            for part in reversed(parts):
+                wanted = {part: wanted}
+            tree = ocp.load_checkpointables(where, {"state": wanted})["state"]
+            yield functools.reduce(lambda tree, part: tree[part], parts, tree)
 
 
-def _load_partly(where: Path, wanted: Params) -> Params:
-    options = ocp.options.PyTreeOptions(
-        loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
-    )
-    with ocp.Context(pytree_options=options):
-        return ocp.load_checkpointables(str(where), {"state": {"params": wanted}})["state"][
-            "params"
-        ]
+def _partial_loading() -> ocp.Context:
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+    return ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading))
 
 
 def check_same(saved: Any, wanted: Any, where: str) -> None:

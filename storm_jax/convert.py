@@ -9,6 +9,7 @@ python -m storm_jax.convert check --checkpoint=CKPT --hf=HF_DIR [--limit=1e-4]
 python -m storm_jax.convert inspect CKPT|DIR
 """
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -45,7 +46,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or on
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Of the weights exported; default: as they are."
 )
-_SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Of an exported file: 5GB, 500MB.")
+_SHARD = flags.DEFINE_string("max-shard-size", "5GB", "Of an exported file: 5GB, 500MB.")
 _HF = flags.DEFINE_string("hf", None, "The export to be compared with --checkpoint.")
 _LIMIT = flags.DEFINE_float("limit", 1e-4, "Largest error, as a share of a stage's values.", 0.0)
 
@@ -175,7 +176,7 @@ def export_weights(
     files = torch_export.write(
         run,
         {name: (shape, _dtype(spelled)) for name, (shape, spelled) in tensors.items()},
-        lambda name: checkpoint.load_parameter(path, name),
+        functools.partial(checkpoint.parameters, path),
         out,
         dtype=None if dtype is None else _dtype(dtype),
         max_shard_bytes=max_shard_bytes,

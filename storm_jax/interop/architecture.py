@@ -137,7 +137,7 @@ def decoder_config(hf: Any, wanted: DecoderConfig | None = None) -> DecoderConfi
 def text_settings(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a text decoder; `decoder_config` of it is `config` again.
 
-    Fields without an effect are as `decoder_config` sets them then (`global_every=1` has no window).
+    Fields without effect become as `decoder_config` sets them (no window with `global_every=1`).
 
     Raises:
       ConfigError: no family of `DECODERS` is this decoder; the fields that none has are named.

@@ -76,9 +76,9 @@ class WeightsWriter:
         max_shard_bytes: int,
     ):
         """Args:
-          folder: exists.
-          tensors: shape and dtype of every tensor, in the order in which they will be written.
-          max_shard_bytes: of the tensors in a file; a larger tensor has a file of its own.
+        folder: exists.
+        tensors: shape and dtype of every tensor, in the order in which they will be written.
+        max_shard_bytes: of the tensors in a file; a larger tensor has a file of its own.
         """
         self.folder, self._tensors = folder, tensors
         shards: list[list[str]] = []

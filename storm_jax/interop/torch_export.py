@@ -5,7 +5,7 @@ Needs no PyTorch, and holds one parameter (of all layers) at a time.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def model_settings(model: ModelConfig) -> dict[str, Any]:
 def write(
     run: RunConfig,
     stored: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    read: Callable[[str], np.ndarray],
+    read: Callable[[Iterable[str]], Iterator[np.ndarray]],
     out: Path,
     *,
     dtype: np.dtype | None,
@@ -75,7 +75,7 @@ def write(
     Args:
       run: the model and how it was trained; goes along, for the way back.
       stored: shape and dtype of every parameter, by its path ("vit/patch/weight").
-      read: gives a parameter by its path.
+      read: gives parameters, one after another, by their paths.
       out: an existing folder.
       dtype: of the weights written; None: as they are stored.
       max_shard_bytes: of a file.
@@ -105,15 +105,14 @@ def write(
     for source in SOURCES:
         (out / source).write_text((TWIN / source).read_text())
     writer = WeightsWriter(out, announced, max_shard_bytes)
-    for ours, name in table.items():
-        parameter = read(ours)
+    for name, parameter in zip(table.values(), read(table), strict=True):
         for layer in range(len(parameter) if name.stacked else 1):
             tensor = parameter[layer] if name.stacked else parameter
             writer.write(
                 name.hf.format(layer=layer),
                 name.to_hf(tensor).astype(dtype or tensor.dtype, copy=False),
             )
-        del parameter
+        del parameter, tensor  # else they are there while the next one is read
     files = writer.finish()
 
     dtypes = {own.name for _, own in announced.values()}

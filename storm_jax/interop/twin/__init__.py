@@ -1,1 +1,1 @@
-"""Source files that an export carries verbatim: the model for PyTorch users. They never import us."""
+"""Source files that an export carries verbatim: the model for PyTorch. They never import us."""

@@ -1,6 +1,7 @@
-"""Configuration of STORM (arXiv 2503.04130): SigLIP, projector, Mamba layers, reduction, decoder."""
+"""Configuration of STORM (arXiv 2503.04130): SigLIP, projector, Mamba, reduction, decoder."""
 
 import math
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
@@ -33,10 +34,11 @@ class StormConfig(PreTrainedConfig):
     """
 
     model_type = "storm"
+    # pyrefly: ignore[bad-override]
     sub_configs = {"vision_config": SiglipVisionConfig, "text_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     video_token_id: int | None = None
     image_size: int = 448
     frames_per_call: int = 64

@@ -62,7 +62,7 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = StormConfig
     main_input_name = "input_ids"
-    input_modalities = ("video", "text")
+    input_modalities = ["video", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["MambaLayer", "SiglipVisionEmbeddings"]  # and those of the two parts
     _supports_sdpa = True
@@ -75,7 +75,7 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
         width = config.text_config.hidden_size
         self.vision_tower = SiglipVisionModel._from_config(config.vision_config)
         if config.vision_output_layer == -2:
-            self.vision_tower.post_layernorm = nn.Identity()
+            self.vision_tower.post_layernorm = nn.Identity()  # pyrefly: ignore[bad-assignment]
         self.projector = Projector(config)
         self.temporal = TemporalEncoder(config, width)
         self.reduction = Reduction(config)
@@ -157,14 +157,14 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        pixel_values_videos=None,
-        frame_counts=None,
-        labels=None,
-        logits_to_keep=0,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        frame_counts: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         r"""
@@ -183,24 +183,15 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             loss (if there are labels), logits [B, S, vocabulary], cache.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give one of input_ids and inputs_embeds")
         if (pixel_values_videos is None) != (frame_counts is None):
             raise ValueError("pixel_values_videos and frame_counts belong together")
-        if inputs_embeds is None:
-            is_visual = input_ids == self.config.video_token_id
-            # video_token_id may have no row in the table.
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0))
+        if input_ids is not None and inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, pixel_values_videos, frame_counts)
             if labels is not None:
+                is_visual = input_ids == self.config.video_token_id
                 labels = labels.masked_fill(is_visual.to(labels.device), -100)
-            if pixel_values_videos is not None:
-                visual = self.encode_videos(pixel_values_videos, frame_counts)
-                self._check_count(is_visual, visual, frame_counts)
-                inputs_embeds = inputs_embeds.masked_scatter(
-                    is_visual[..., None].to(inputs_embeds.device), visual.to(inputs_embeds)
-                )
-            elif input_ids.shape[1] > 1 and is_visual.any():
-                raise ValueError("input_ids hold visual tokens, but there are no frames")
+        elif inputs_embeds is None or input_ids is not None:
+            raise ValueError("give one of input_ids and inputs_embeds")
         elif pixel_values_videos is not None:
             raise ValueError("visual tokens are placed by input_ids, not by inputs_embeds")
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
@@ -215,13 +206,23 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def _check_count(self, is_visual, visual, frame_counts):
+    def _embed(self, input_ids, pixel_values_videos, frame_counts):
+        """What the decoder's first layer takes: tokens of the text, and visual ones among them."""
+        is_visual = input_ids == self.config.video_token_id
+        # video_token_id may have no row in the table.
+        text = self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0))
+        if pixel_values_videos is None:
+            if input_ids.shape[1] > 1 and is_visual.any():
+                raise ValueError("input_ids hold visual tokens, but there are no frames")
+            return text
+        visual = self.encode_videos(pixel_values_videos, frame_counts)
         if is_visual.sum() != len(visual):
             raise ValueError(
                 f"input_ids hold {int(is_visual.sum())} visual tokens, but videos of"
                 f" {frame_counts.tolist()} frames have {len(visual)}: temporal_sampling of the"
                 " model and of the processor may differ, or a prompt was cut inside a video"
             )
+        return text.masked_scatter(is_visual[..., None].to(text.device), visual.to(text))
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(
@@ -231,10 +232,14 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs["pixel_values_videos"] = inputs["frame_counts"] = None
         return inputs
 
-    def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
+    # pyrefly: ignore[bad-override]
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
+    ):
         """Repeats every row with its videos; a row's frames are not an entry of the first axis."""
-        pixels, counts = kwargs.pop("pixel_values_videos", None), kwargs.pop("frame_counts", None)
-        if pixels is not None and expand_size > 1:
+        videos = {key: kwargs.pop(key, None) for key in ("pixel_values_videos", "frame_counts")}
+        pixels, counts = videos.values()
+        if input_ids is not None and pixels is not None and expand_size > 1:
             tokens = torch.tensor([self.config.visual_tokens(n) for n in counts.tolist()])
             per_row = (input_ids == self.config.video_token_id).sum(1).cpu()
             # The row in which a video's last token stands.
@@ -242,14 +247,13 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
             frames, order = pixels.split(counts.tolist()), []
             for row in range(len(input_ids)):
                 order += (rows == row).nonzero().flatten().tolist() * expand_size
-            pixels = torch.cat([frames[video] for video in order])
-            counts = counts[torch.tensor(order, device=counts.device)]
+            videos["pixel_values_videos"] = torch.cat([frames[video] for video in order])
+            videos["frame_counts"] = counts[torch.tensor(order, device=counts.device)]
+        # pyrefly: ignore[bad-argument-type]
         input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **kwargs
+            expand_size, is_encoder_decoder, input_ids, **kwargs
         )
-        if pixels is not None:
-            kwargs |= {"pixel_values_videos": pixels, "frame_counts": counts}
-        return input_ids, kwargs
+        return input_ids, kwargs | {k: v for k, v in videos.items() if v is not None}
 
 
 def _keep_softcap(text_config):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 try:
+    # pyrefly: ignore[missing-import]
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 except ImportError:  # plain PyTorch then
     selective_scan_fn = None
@@ -72,7 +73,8 @@ class Direction(nn.Module):
         R = config.temporal_dt_rank or math.ceil(width / 16)
         self.reverse = reverse
         self.sizes = [R, G, G]
-        self.conv1d = nn.Conv1d(E, E, config.temporal_conv, groups=E)
+        self.taps = config.temporal_conv
+        self.conv1d = nn.Conv1d(E, E, self.taps, groups=E)
         self.x_proj = nn.Linear(E, R + 2 * G, bias=False)
         self.dt_proj = nn.Linear(R, E)
         self.A_log = nn.Parameter(torch.empty(E, G))
@@ -81,14 +83,9 @@ class Direction(nn.Module):
     def forward(self, u_BEL):
         if self.reverse:
             u_BEL = u_BEL.flip(-1)
-        taps = self.conv1d.kernel_size[0]
         # The sums of the convolution are float32, whatever the weights are.
-        u = F.conv1d(
-            F.pad(u_BEL.float(), (taps - 1, 0)),
-            self.conv1d.weight.float(),
-            self.conv1d.bias.float(),
-            groups=self.conv1d.groups,
-        )
+        weight, bias = (p.float() for p in (self.conv1d.weight, self.conv1d.bias))
+        u = F.conv1d(F.pad(u_BEL.float(), (self.taps - 1, 0)), weight, bias, groups=len(weight))
         u = F.silu(u).to(u_BEL.dtype)
         dt_BLR, B_BLG, C_BLG = self.x_proj(u.transpose(1, 2)).split(self.sizes, dim=-1)
         y = selective_scan(
