@@ -64,6 +64,29 @@ def _scan_chunk(state_BEG, u_BEL, delta_BEL, B_BGL, C_BGL, A_EG, D_E, delta_bias
     return (y + (D_E * u).transpose(1, 2)).to(u_BEL.dtype), state_BEG
 
 
+# Weights are used in the call of the module that owns them: with `device_map` they may lie elsewhere
+# until then.
+
+
+class CausalConv(nn.Conv1d):
+    """silu(convolution over each channel's last K positions), in float32."""
+
+    def __init__(self, channels: int, taps: int):
+        super().__init__(channels, channels, taps, groups=channels)
+
+    def forward(self, input):
+        weight, bias = (p.float() for p in self.parameters())
+        x = F.pad(input.float(), (weight.shape[2] - 1, 0))
+        return F.silu(F.conv1d(x, weight, bias, groups=self.groups)).to(input.dtype)
+
+
+class StepSize(nn.Linear):
+    """The product alone, and the bias in float32: the scan adds it."""
+
+    def forward(self, input):
+        return F.linear(input, self.weight), self.bias.float()
+
+
 class Direction(nn.Module):
     """Convolution and selective scan in one direction."""
 
@@ -73,29 +96,24 @@ class Direction(nn.Module):
         R = config.temporal_dt_rank or math.ceil(width / 16)
         self.reverse = reverse
         self.sizes = [R, G, G]
-        self.taps = config.temporal_conv
-        self.conv1d = nn.Conv1d(E, E, self.taps, groups=E)
+        self.conv1d = CausalConv(E, config.temporal_conv)
         self.x_proj = nn.Linear(E, R + 2 * G, bias=False)
-        self.dt_proj = nn.Linear(R, E)
+        self.dt_proj = StepSize(R, E)
         self.A_log = nn.Parameter(torch.empty(E, G))
         self.D = nn.Parameter(torch.empty(E))
 
     def forward(self, u_BEL):
-        if self.reverse:
-            u_BEL = u_BEL.flip(-1)
-        # The sums of the convolution are float32, whatever the weights are.
-        weight, bias = (p.float() for p in (self.conv1d.weight, self.conv1d.bias))
-        u = F.conv1d(F.pad(u_BEL.float(), (self.taps - 1, 0)), weight, bias, groups=len(weight))
-        u = F.silu(u).to(u_BEL.dtype)
+        u = self.conv1d(u_BEL.flip(-1) if self.reverse else u_BEL)
         dt_BLR, B_BLG, C_BLG = self.x_proj(u.transpose(1, 2)).split(self.sizes, dim=-1)
+        delta_BLE, delta_bias_E = self.dt_proj(dt_BLR)
         y = selective_scan(
             u,
-            F.linear(dt_BLR, self.dt_proj.weight).transpose(1, 2),
+            delta_BLE.transpose(1, 2),
             -torch.exp(self.A_log.float()),
             B_BLG.transpose(1, 2),
             C_BLG.transpose(1, 2),
             self.D.float(),
-            self.dt_proj.bias.float(),  # added in float32, by the scan
+            delta_bias_E,
         )
         return y.flip(-1) if self.reverse else y
 
