@@ -85,9 +85,11 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, Direction):
-            config, (E, G) = self.config, module.A_log.shape
+            config = self.config
+            E, G = module.A_log.shape
             bound = config.temporal_conv**-0.5
             init.uniform_(module.conv1d.weight, -bound, bound)
+            init.normal_(module.dt_proj.weight, std=len(module.dt_proj.weight[0]) ** -0.5)
             init.copy_(module.A_log, torch.log(torch.arange(1.0, G + 1)).expand(E, G))
             init.ones_(module.D)
             low, high = math.log(config.temporal_dt_min), math.log(config.temporal_dt_max)

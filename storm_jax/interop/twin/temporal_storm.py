@@ -64,8 +64,8 @@ def _scan_chunk(state_BEG, u_BEL, delta_BEL, B_BGL, C_BGL, A_EG, D_E, delta_bias
     return (y + (D_E * u).transpose(1, 2)).to(u_BEL.dtype), state_BEG
 
 
-# Weights are used in the call of the module that owns them: with `device_map` they may lie elsewhere
-# until then.
+# Weights are used in the call of the module that owns them: with `device_map` they may lie
+# elsewhere until then.
 
 
 class CausalConv(nn.Conv1d):
@@ -80,11 +80,16 @@ class CausalConv(nn.Conv1d):
         return F.silu(F.conv1d(x, weight, bias, groups=self.groups)).to(input.dtype)
 
 
-class StepSize(nn.Linear):
-    """The product alone, and the bias in float32: the scan adds it."""
+class StepSize(nn.Module):
+    """A linear map that does not add its bias but gives it, in float32: the scan adds it."""
 
-    def forward(self, input):
-        return F.linear(input, self.weight), self.bias.float()
+    def __init__(self, rank: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, rank))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, dt_BLR):
+        return F.linear(dt_BLR, self.weight), self.bias.float()
 
 
 class Direction(nn.Module):
