@@ -9,6 +9,7 @@ python -m storm_jax.convert check --checkpoint=CKPT --hf=HF_DIR [--limit=1e-4]
 python -m storm_jax.convert inspect CKPT|DIR
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -30,7 +31,7 @@ from storm_jax import checkpoint
 from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import text
-from storm_jax.interop import architecture, load, names, torch_export
+from storm_jax.interop import architecture, check, load, names, torch_export
 from storm_jax.interop.files import Weights, WeightsError, resolve
 from storm_jax.models.storm import Params, StormModel, count_parameters
 from storm_jax.models.vit import resize_positions
@@ -190,6 +191,36 @@ def export_weights(
     _say(f"wrote {out}: {files} {'file' if files == 1 else 'files'} of weights")
 
 
+def check_export(path: str, folder: Path, limit: float) -> list[check.StageError]:
+    """Sends the same input through a checkpoint and its export, and prints each stage's error.
+
+    Args:
+      path: a training workdir (its newest checkpoint) or one checkpoint.
+      folder: of the export, whose code is run.
+      limit: of the error as a share of the stage's largest value, where that is above 1.
+
+    Returns:
+      The stages above the limit, the first one first.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or not of the whole model.
+      WeightsError: PyTorch is not installed, or the export is of another model.
+    """
+    run = checkpoint.read_config(path)
+    mesh = make_mesh(dataclasses.replace(run.mesh, data=1, fsdp=-1, tensor=1))
+    abstract = abstract_params(StormModel(run.model), mesh, jnp.dtype("float32"))
+    params = checkpoint.load_params(path, abstract)
+    sent = check.probe(run.model)
+    with jax.set_mesh(mesh):
+        ours = check.run_ours(run.model, params, sent)
+    del params  # two models of full size need not be in memory together
+    errors = check.compare(ours, check.run_theirs(folder, sent))
+    print(f"{'stage':<20} {'largest error':>14} {'largest value':>14} {'share':>10}")
+    for e in errors:
+        print(f"{e.stage:<20} {e.error:>14.3e} {e.size:>14.3e} {e.share:>10.1e}")
+    return [e for e in errors if not e.share <= limit]  # a NaN is above any limit
+
+
 def _write_processor(run: RunConfig, tokenizer: str, out: Path) -> int:
     """Tokenizer, chat template and processor; the id that stands for a visual token."""
     if importlib.util.find_spec("storm_jax.interop.processor_export") is None:
@@ -291,6 +322,15 @@ def main(argv: list[str]) -> None:
                 dtype=_DTYPE.value,
                 max_shard_bytes=_size(_SHARD.value),
             )
+        elif command == "check" and not rest:
+            if _CHECKPOINT.value is None or _HF.value is None:
+                raise app.UsageError("check needs --checkpoint and --hf")
+            wrong = check_export(_CHECKPOINT.value, Path(_HF.value), _LIMIT.value)
+            if wrong:
+                sys.exit(
+                    f"error: {wrong[0].stage} is the first stage above --limit={_LIMIT.value}:"
+                    f" {wrong[0].share:.1e} of its values"
+                )
         elif command == "inspect" and len(rest) == 1:
             print(inspect(rest[0]))
         else:

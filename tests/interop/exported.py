@@ -102,9 +102,7 @@ def export(model: ModelConfig, folder: Path, *, dtype: str | None = None) -> Exp
     """Saves random parameters and exports them, in files of 20 kB."""
     run, params = run_of(model), random_params(model)
     checkpoint.save_params(folder / "ckpt", params, run)
-    convert.export_weights(
-        str(folder / "ckpt"), folder / "hf", dtype=dtype, max_shard_bytes=20_000
-    )
+    convert.export_weights(str(folder / "ckpt"), folder / "hf", dtype=dtype, max_shard_bytes=20_000)
     return Exported(run, params, folder / "ckpt", folder / "hf")
 
 
