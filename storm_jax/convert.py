@@ -218,7 +218,7 @@ def check_export(path: str, folder: Path, limit: float) -> list[check.StageError
     print(f"{'stage':<20} {'largest error':>14} {'largest value':>14} {'share':>10}")
     for e in errors:
         print(f"{e.stage:<20} {e.error:>14.3e} {e.size:>14.3e} {e.share:>10.1e}")
-    return [e for e in errors if not e.share <= limit]  # a NaN is above any limit
+    return check.above(errors, limit)
 
 
 def _write_processor(run: RunConfig, tokenizer: str, out: Path) -> int:

@@ -71,6 +71,11 @@ def compare(ours: Stages, theirs: Stages) -> list[StageError]:
     return errors
 
 
+def above(errors: list[StageError], limit: float) -> list[StageError]:
+    """The stages whose error is a larger share than `limit`, or not a number."""
+    return [e for e in errors if not e.share <= limit]
+
+
 # ------------------------------------------------------------------------------------- storm_jax
 
 
