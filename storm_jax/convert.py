@@ -31,7 +31,7 @@ from storm_jax import checkpoint
 from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import text
-from storm_jax.interop import architecture, check, load, names, torch_export
+from storm_jax.interop import architecture, check, load, names, settings, torch_export
 from storm_jax.interop.files import Weights, WeightsError, resolve
 from storm_jax.models.storm import Params, StormModel, count_parameters
 from storm_jax.models.vit import resize_positions
@@ -167,7 +167,7 @@ def export_weights(
     if out.is_dir() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; give a new folder as --out")
     run, tensors = checkpoint.describe(path)
-    torch_export.model_settings(run.model)  # refuses before anything is written
+    settings.model_settings(run.model)  # refuses before anything is written
     saved = checkpoint.find(path)[0].parent / "tokenizer"
     tokenizer_name = str(saved) if saved.is_dir() else run.data.tokenizer
     tokenizer = text.load_tokenizer(tokenizer_name)

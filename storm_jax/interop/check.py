@@ -223,7 +223,7 @@ def run_theirs(folder: Path, sent: Probe) -> Stages:
     watch(decoder.norm, "decoder norm")
 
     tokens = np.where(sent.tokens == VISUAL, model.config.video_token_id, sent.tokens)
-    frames = sent.frames.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
+    frames = (2 * sent.frames.transpose(0, 3, 1, 2).astype(np.float32) - 255) * np.float32(1 / 255)
     with torch.no_grad():
         stages["logits"] = model(
             input_ids=torch.from_numpy(tokens[None].astype(np.int64)),

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from storm_jax.config import ConfigError, InitConfig, ModelConfig, RunConfig, from_mapping
-from storm_jax.interop import architecture, load, names
+from storm_jax.interop import load, names
 from storm_jax.interop.files import Weights, WeightsError, WeightsWriter
+from storm_jax.interop.settings import model_settings
 from storm_jax.models.storm import Params
 
 TWIN = Path(__file__).parent / "twin"
@@ -34,27 +35,6 @@ AUTO_MAP = {
         f"modeling_storm.{ARCHITECTURE}",
     ),
 }
-
-
-def model_settings(model: ModelConfig) -> dict[str, Any]:
-    """What config.json says of the architecture; fields of the twin's `StormConfig`.
-
-    Raises:
-      ConfigError: transformers has no such decoder.
-    """
-    temporal = dataclasses.asdict(model.temporal)
-    projector = dataclasses.asdict(model.projector)
-    return {
-        "vision_config": architecture.vision_settings(model.vit),
-        "text_config": architecture.text_settings(model.decoder),
-        "tie_word_embeddings": model.decoder.tied_embeddings,
-        "image_size": model.vit.image_size,
-        "frames_per_call": model.vit.frames_per_call,
-        "vision_output_layer": model.vit.output_layer,
-        **{f"projector_{field}": value for field, value in projector.items()},
-        **{f"temporal_{field}": value for field, value in temporal.items()},
-        **dataclasses.asdict(model.reduction),
-    }
 
 
 def write(

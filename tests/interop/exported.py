@@ -161,7 +161,7 @@ def pixel_values(row_list: list[Row]) -> np.ndarray:
     if not frames:
         return np.zeros((0, 3, 1, 1), np.float32)
     joined = np.concatenate(frames).transpose(0, 3, 1, 2)
-    return joined.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return (2 * joined.astype(np.float32) - 255) * np.float32(1 / 255)
 
 
 def inputs(row_list: list[Row], video_token_id: int, *, left: bool) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ from transformers import AutoConfig
 from configs import common
 from storm_jax.config import ConfigError, DecoderConfig, VitConfig, from_mapping
 from storm_jax.interop import architecture, torch_export
-from storm_jax.interop.architecture import decoder_config, text_settings, vision_settings
+from storm_jax.interop.architecture import decoder_config
+from storm_jax.interop.settings import model_settings, text_settings, vision_settings
 from tests.interop.exported import DECODERS, run_of
 from tests.tiny import tiny_model
 
@@ -87,7 +88,7 @@ def test_a_run_is_found_and_compared(tmp_path):
         torch_export.read_run(tmp_path)
     config = {
         "model_type": "storm",
-        **torch_export.model_settings(run.model),
+        **model_settings(run.model),
         "storm_jax": {"run": dataclasses.asdict(run)},
     }
     path.write_text(json.dumps(config))
