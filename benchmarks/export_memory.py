@@ -20,7 +20,7 @@ from import_memory import peak_resident  # noqa: E402
 
 # Each part is a process of its own, with FOLDER and SIZE in front.
 MAKE = """
-import dataclasses, json, ml_dtypes, numpy as np
+import dataclasses, json, jax, ml_dtypes, numpy as np
 from flax import nnx
 from configs import align
 from storm_jax import checkpoint
@@ -30,7 +30,11 @@ config = from_mapping(RunConfig, json.loads(align.get_config(f"size={SIZE}").to_
 config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="bytes"))
 noise = np.random.default_rng(0).normal(0, 0.02, 2**24).astype(ml_dtypes.bfloat16)
 flat = nnx.traversals.flatten_mapping(StormModel(config.model).abstract())
-params = {path: np.resize(np.roll(noise, i), x.shape) for i, (path, x) in enumerate(flat.items())}
+params = {
+    # (Orbax copies all NumPy arrays before it writes the first.)
+    path: jax.device_put(np.resize(np.roll(noise, i), x.shape))
+    for i, (path, x) in enumerate(flat.items())
+}
 checkpoint.save_params(FOLDER + "/ckpt", nnx.traversals.unflatten_mapping(params), config)
 """
 COMPARE = """
