@@ -261,7 +261,7 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def _keep_softcap(text_config):
     """Gemma 2 caps its attention scores, which transformers' sdpa would leave out: eager then."""
     capped = getattr(text_config, "attn_logit_softcapping", None) is not None
-    if capped and text_config._attn_implementation == "sdpa":
+    if capped and text_config._attn_implementation in (None, "sdpa"):
         text_config._attn_implementation = "eager"
 
 
