@@ -41,7 +41,7 @@ from storm_jax.training.state import abstract_params
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _VIT = flags.DEFINE_string("vit", None, "SigLIP: a transformers folder or a Hugging Face id.")
 _DECODER = flags.DEFINE_string("decoder", None, "Gemma or Qwen2, likewise.")
-_STORM = flags.DEFINE_string("storm", None, "A folder that export wrote, to come back from.")
+_STORM = flags.DEFINE_string("storm", None, "What export wrote: a folder or a Hugging Face id.")
 _OUT = flags.DEFINE_string("out", None, "A new folder for the result.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or one checkpoint.")
 _DTYPE = flags.DEFINE_enum(
@@ -308,7 +308,7 @@ def main(argv: list[str]) -> None:
             if _STORM.value is not None:
                 if _VIT.value or _DECODER.value:
                     raise app.UsageError("--storm brings all parts; --vit and --decoder go alone")
-                import_export(Path(_STORM.value), _OUT.value, config)
+                import_export(resolve(_STORM.value), _OUT.value, config)
             elif config is None:
                 raise app.UsageError("import of --vit and --decoder needs --config")
             else:

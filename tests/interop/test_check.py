@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +115,12 @@ def test_other_models_and_folders_are_named(there, tmp_path):
     ours = {"patches": np.zeros(3, np.float32)}
     with pytest.raises(WeightsError, match="of different models: patches"):
         check.compare(ours, {"patches": np.zeros(4, np.float32)})
+
+
+def test_without_pytorch_the_extra_is_named(there, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(WeightsError, match=r"check needs PyTorch: .*storm_jax\[torch\]"):
+        check.run_theirs(there.folder, check.probe(there.run.model))
 
 
 def test_export_refuses_before_it_writes(there, tmp_path):

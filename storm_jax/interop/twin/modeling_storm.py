@@ -67,7 +67,6 @@ class StormForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["MambaLayer", "SiglipVisionEmbeddings"]  # and those of the two parts
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flex_attn = True
 
     def __init__(self, config: StormConfig):
         super().__init__(config)
