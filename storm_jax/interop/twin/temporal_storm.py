@@ -43,7 +43,9 @@ def selective_scan(u_BEL, delta_BEL, A_EG, B_BGL, C_BGL, D_E, delta_bias_E):
         operands = (state_BEG, *chunk, A_EG, D_E, delta_bias_E)
         if torch.is_grad_enabled():
             # Only the states between chunks are kept for the backward pass, not every one.
-            y, state_BEG = checkpoint(_scan_chunk, *operands, use_reentrant=False)
+            y, state_BEG = checkpoint(
+                _scan_chunk, *operands, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             y, state_BEG = _scan_chunk(*operands)
         ys.append(y)
