@@ -74,7 +74,8 @@ def text_settings(config: DecoderConfig) -> dict[str, Any]:
             "sliding_attention" if (layer + 1) % config.global_every else "full_attention"
             for layer in range(config.layers)
         ]
-        settings["sliding_window"] = config.window if local else None
+        # Gemma 2 and 3 make the mask of a window even where no layer has one.
+        settings["sliding_window"] = config.window or 4096
     if family == "qwen2":
         settings["use_sliding_window"] = local
     if gemma2 or gemma3:

@@ -101,6 +101,25 @@ def test_other_vits_projectors_and_mamba_layers(tmp_path):
 
 
 @pytest.mark.slow
+def test_decoders_between_the_published_ones(tmp_path):
+    def changed(family, **changes):
+        model = model_of(family, "temporal")
+        decoder = dataclasses.replace(model.decoder, **changes)
+        return dataclasses.replace(model, decoder=decoder)
+
+    cases = [
+        changed("gemma", rope_scaling=4.0),
+        changed("qwen2", rope_scaling=4.0),
+        changed("gemma2", rope_scaling=4.0, global_every=1, window=0, attention_softcap=0.0),
+        changed("gemma3", global_every=1, window=0, rope_scaling=1.0, tied_embeddings=False),
+        changed("gemma3", global_every=9, logit_softcap=3.0),  # no global layer at all
+        changed("gemma3", activation="silu", kv_heads=4),
+        changed("qwen2", activation="gelu_tanh"),
+    ]
+    compare(cases, tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [f if f == "gemma3" else pytest.param(f, marks=pytest.mark.exhaustive) for f in DECODERS],
