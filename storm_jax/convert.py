@@ -194,6 +194,8 @@ def export_weights(
 def check_export(path: str, folder: Path, limit: float) -> list[check.StageError]:
     """Sends the same input through a checkpoint and its export, and prints each stage's error.
 
+    Both compute in float32, with the weights rounded as they were for the export.
+
     Args:
       path: a training workdir (its newest checkpoint) or one checkpoint.
       folder: of the export, whose code is run.
@@ -204,17 +206,21 @@ def check_export(path: str, folder: Path, limit: float) -> list[check.StageError
 
     Raises:
       CheckpointError: there is no checkpoint, or not of the whole model.
+      ConfigError: `folder` is no export.
       WeightsError: PyTorch is not installed, or the export is of another model.
     """
+    dtype = torch_export.weights_dtype(folder)
     run = checkpoint.read_config(path)
     mesh = make_mesh(dataclasses.replace(run.mesh, data=1, fsdp=-1, tensor=1))
     abstract = abstract_params(StormModel(run.model), mesh, jnp.dtype("float32"))
     params = checkpoint.load_params(path, abstract)
+    params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
     sent = check.probe(run.model)
     with jax.set_mesh(mesh):
         ours = check.run_ours(run.model, params, sent)
     del params  # two models of full size need not be in memory together
     errors = check.compare(ours, check.run_theirs(folder, sent))
+    _say(f"both in float32, with weights rounded to {dtype.name}")
     print(f"{'stage':<20} {'largest error':>14} {'largest value':>14} {'share':>10}")
     for e in errors:
         print(f"{e.stage:<20} {e.error:>14.3e} {e.size:>14.3e} {e.share:>10.1e}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -125,16 +126,33 @@ def read_run(folder: Path, wanted: RunConfig | None = None) -> RunConfig:
     Raises:
       ConfigError: it is no export, or config.json contradicts the run; all fields are listed.
     """
-    path = folder / "config.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    if found.get("model_type") != "storm" or not found.get("storm_jax"):
-        raise ConfigError(f"{folder} is no export of storm_jax: its config.json does not say so")
+    found = _read_config(folder)
     run = wanted or from_mapping(RunConfig, found["storm_jax"]["run"])
     lines = _contradictions(model_settings(run.model), found)
     if lines:
         where = "--config" if wanted else "the run that it names (give the right one as --config)"
-        raise ConfigError(f"{path} and {where} are of different models:\n" + "\n".join(lines))
+        raise ConfigError(
+            f"{folder}/config.json and {where} are of different models:\n" + "\n".join(lines)
+        )
     return run
+
+
+def weights_dtype(folder: Path) -> np.dtype:
+    """The dtype that the weights of an export have, float32 where they differ.
+
+    Raises:
+      ConfigError: it is no export.
+    """
+    name = _read_config(folder)["dtype"]
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("model_type") != "storm" or not found.get("storm_jax"):
+        raise ConfigError(f"{folder} is no export of storm_jax: its config.json does not say so")
+    return found
 
 
 def _contradictions(wanted: Mapping[str, Any], found: Mapping[str, Any], at: str = "") -> list[str]:

@@ -66,6 +66,11 @@ def test_every_stage_agrees(there, capsys):
     assert sum(float(line.split()[-3]) > 0 for line in lines) > len(lines) // 2
 
 
+def test_rounding_for_the_export_is_no_error(there, tmp_path):
+    convert.export_weights(str(there.checkpoint), tmp_path / "half", dtype="bfloat16")
+    assert convert.check_export(str(there.checkpoint), tmp_path / "half", 2e-6) == []
+
+
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
@@ -106,8 +111,10 @@ def test_a_reduction_that_differs_and_numbers_that_are_none(there, wrong):
 
 
 def test_other_models_and_folders_are_named(there, tmp_path):
-    with pytest.raises(WeightsError, match="transformers cannot load"):
+    with pytest.raises(convert.ConfigError, match="is no export of storm_jax"):
         convert.check_export(str(there.checkpoint), tmp_path, 1e-4)
+    with pytest.raises(WeightsError, match="transformers cannot load"):
+        check.run_theirs(tmp_path, check.probe(there.run.model))
     other = model_of("gemma3", "temporal+sampling", temporal=dict(layers=1))
     checkpoint.save_params(tmp_path / "1", exported.random_params(other), exported.run_of(other))
     with pytest.raises(WeightsError, match="of different models: mamba layer 1"):
