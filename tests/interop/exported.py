@@ -219,3 +219,43 @@ def model_of(decoder: str, reduction: str, **parts) -> ModelConfig:
             **parts,
         }
     )
+
+
+def drawn(seed: int) -> ModelConfig:
+    """A model of random sizes in every part, of a random family and reduction."""
+    rng = np.random.default_rng(seed)
+
+    def one(*choices):
+        return choices[rng.integers(len(choices))]
+
+    patch, shuffle, spatial = one(2, 3, 5), one(1, 2, 3), one(1, 1, 2)
+    cells = spatial * one(1, 2)
+    grid = cells * shuffle - (0 if shuffle == 1 else one(0, 1))  # the last cells may be half full
+    heads = one(2, 4)
+    vit = dict(
+        patch_size=patch, image_size=grid * patch + one(0, 1), width=heads * one(4, 6),
+        heads=heads, mlp=one(12, 20), layers=one(1, 3) + 1, output_layer=one(-1, -2),
+        position_grid=one(grid, grid + 2), frames_per_call=one(0, 2, 64),
+    )  # fmt: skip
+    temporal = dict(
+        layers=one(1, 2), direction=one("bidirectional", "bidirectional", "forward"),
+        expand=one(1, 2, 3), state=one(1, 4, 16), conv=one(1, 2, 4), dt_rank=one(0, 1, 7),
+    )  # fmt: skip
+    reduction = dict(
+        temporal_pool=one(1, 2, 4), spatial_pool=spatial, temporal_sampling=one(1, 1, 2, 3)
+    )
+    family = one(*DECODERS)
+    fields = dict(DECODERS[family])
+    kv_heads, group = one(1, 2), one(1, 2)
+    fields |= dict(
+        kv_heads=kv_heads, heads=kv_heads * group, head_dim=one(6, 8, 16), mlp=one(24, 56),
+        layers=one(2, 3), window=one(3, 7), width=one(24, 40), tied_embeddings=one(True, False),
+    )  # fmt: skip
+    if family == "gemma3":
+        fields |= dict(global_every=one(1, 2, 3, 6), logit_softcap=one(0.0, 2.0))
+    if family == "gemma2":
+        fields |= dict(attention_softcap=one(0.0, 1.0), logit_softcap=one(0.0, 2.0))
+    projector = dict(shuffle=shuffle, norm=one(True, False))
+    return tiny_model(
+        vit=vit, projector=projector, temporal=temporal, reduction=reduction, decoder=fields
+    )
