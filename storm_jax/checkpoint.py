@@ -213,7 +213,10 @@ def parameters(path: str | Path, names: Iterable[str]) -> Iterator[np.ndarray]:
             for part in reversed(parts):
                 wanted = {part: wanted}
             tree = ocp.load_checkpointables(where, {"state": wanted})["state"]
-            yield functools.reduce(lambda tree, part: tree[part], parts, tree)
+            found = functools.reduce(lambda tree, part: tree[part], parts, tree)
+            del tree, wanted
+            yield found
+            del found  # else it stays while the next one is read
 
 
 def _partial_loading() -> ocp.Context:

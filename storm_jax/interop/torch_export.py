@@ -86,14 +86,16 @@ def write(
     for source in SOURCES:
         (out / source).write_text((TWIN / source).read_text())
     writer = WeightsWriter(out, announced, max_shard_bytes)
-    for name, parameter in zip(table.values(), read(table), strict=True):
+    parameters = read(table)
+    for name in table.values():
+        parameter = next(parameters)
         for layer in range(len(parameter) if name.stacked else 1):
             tensor = parameter[layer] if name.stacked else parameter
             writer.write(
                 name.hf.format(layer=layer),
                 name.to_hf(tensor).astype(dtype or tensor.dtype, copy=False),
             )
-        del parameter, tensor  # else they are there while the next one is read
+        del parameter, tensor  # else they stay while the next one is read
     files = writer.finish()
 
     dtypes = {own.name for _, own in announced.values()}
