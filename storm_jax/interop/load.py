@@ -1,7 +1,7 @@
 """Reads a part of the model from a folder of weights, layer by layer, to where it belongs."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -81,7 +81,12 @@ def check_names(
             inside = name.startswith(tower) and name not in asked
             if inside and not SKIPPED.match(plain + name.removeprefix(tower)):
                 extra.append(name)
-    missing = sorted(name for name in asked if name not in weights)
+    refuse(weights, [name for name in asked if name not in weights], extra)
+
+
+def refuse(weights: Weights, missing: Iterable[str], extra: Iterable[str]) -> None:
+    """Raises a WeightsError that lists these names, if there are any."""
+    missing, extra = sorted(missing), sorted(extra)
     if missing or extra:
         lines = [f"  missing: {name}" for name in missing]
         lines += [f"  without a place in this model: {name}" for name in extra]

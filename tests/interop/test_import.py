@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, MeshConfig
 from storm_jax.interop import architecture, load
 from storm_jax.interop.files import Weights, WeightsError, resolve
-from storm_jax.interop.names import Name, decoder_names, vit_names
+from storm_jax.interop.names import Form, Name, decoder_names, storm_names
 from storm_jax.models.decoder import Decoder
 from storm_jax.models.storm import StormModel
 from storm_jax.models.vit import resize_positions
@@ -253,23 +254,22 @@ def test_positions_are_resized_to_the_resolution_of_the_run(tmp_path, capsys):
     np.testing.assert_array_equal(got, resize_positions(jnp.asarray(table.numpy()), 6))
 
 
-def test_every_form_has_an_inverse():
+@pytest.mark.parametrize("parts", [{}, {"temporal": {"layers": 0}, "projector": {"norm": False}}])
+def test_every_form_has_an_inverse(parts):
     rng = np.random.default_rng(0)
-    model = tiny_model()
-    abstract = StormModel(model).abstract()
-    for part, table in (
-        ("vit", vit_names(model.vit)),
-        ("decoder", decoder_names(model.decoder)),
-    ):
-        flat = nnx.traversals.flatten_mapping(abstract[part], sep="/")
-        assert set(flat) == {name.ours for name in table}
-        assert len({name.hf for name in table}) == len(table)
-        for name in table:
-            shape = flat[name.ours].shape[1:] if name.stacked else flat[name.ours].shape
-            x = rng.normal(size=shape)
-            there = name.to_hf(x)
-            assert there.shape == name.hf_shape(shape)
-            np.testing.assert_array_equal(name.to_ours(there, shape), x)
+    model = tiny_model(**parts)
+    flat = nnx.traversals.flatten_mapping(StormModel(model).abstract(), sep="/")
+    table = storm_names(model)
+    assert set(flat) == {name.ours for name in table}
+    assert len({name.hf for name in table}) == len(table)
+    forms = {name.form for name in table}
+    assert forms == set(get_args(Form)) - (set() if model.temporal.layers else {"taps"})
+    for name in table:
+        shape = flat[name.ours].shape[1:] if name.stacked else flat[name.ours].shape
+        x = rng.normal(size=shape)
+        there = name.to_hf(x)
+        assert there.shape == name.hf_shape(shape)
+        np.testing.assert_array_equal(name.to_ours(there, shape), x)
     with pytest.raises(ValueError, match=r"w has shape \(3, 2\), this model needs \(2, 3\)"):
         Name("a/weight", "w", "linear").to_ours(np.zeros((3, 2)), (3, 2))
 
