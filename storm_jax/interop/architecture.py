@@ -59,6 +59,7 @@ def vit_config(hf: Any, wanted: VitConfig) -> VitConfig:
         )
     _require_value("hidden_act", vision.hidden_act, "gelu_pytorch_tanh")
     _require_value("num_channels", vision.num_channels, 3)
+    stored_positions(hf)  # of a square
     found = dataclasses.replace(
         wanted,
         patch_size=_side("patch_size", vision.patch_size),
@@ -133,6 +134,9 @@ def decoder_config(hf: Any, wanted: DecoderConfig | None = None) -> DecoderConfi
         )
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if text.model_type in ("qwen2_vl_text", "qwen2_5_vl_text"):
+        # Their attention takes it from the width, their rotation from the field.
+        _require_value("head_dim", head_dim, text.hidden_size // heads)
     found = DecoderConfig(
         vocab_size=text.vocab_size,
         width=text.hidden_size,
