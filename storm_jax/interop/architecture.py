@@ -22,15 +22,16 @@ def read(folder: Path) -> Any:
     """The transformers configuration of a folder.
 
     Raises:
-      ConfigError: there is none, or transformers does not know its model_type.
+      ConfigError: there is none, or transformers does not know its model_type or refuses a value.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json; give the folder of a transformers model")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise ConfigError(f"{folder}/config.json: {error}") from error
 
 

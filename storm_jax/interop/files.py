@@ -74,3 +74,8 @@ def resolve(name: str) -> Path:
             f"{name} is no folder here and could not be had from the Hugging Face hub"
             f" ({type(error).__name__}: {error}); give the path of a local folder"
         ) from error
+
+
+def part_of(folder: Path, name: str) -> Path:
+    """A part's own folder in a model that keeps one for each part, as VILA does; else `folder`."""
+    return folder / name if (folder / name / "config.json").is_file() else folder
