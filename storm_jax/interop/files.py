@@ -72,7 +72,9 @@ def resolve(name: str) -> Path:
     except Exception as error:  # the hub's own errors, network errors, malformed ids
         raise WeightsError(
             f"{name} is no folder here and could not be had from the Hugging Face hub"
-            f" ({type(error).__name__}: {error}); give the path of a local folder"
+            f" ({type(error).__name__}: {error}); give the path of a local folder with config.json"
+            f" and *.safetensors, which `hf download {name} --local-dir DIR` makes where there is a"
+            " network"
         ) from error
 
 

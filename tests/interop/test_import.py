@@ -219,6 +219,21 @@ def test_paligemma_and_qwen2_vl(tmp_path):
     assert_same(loaded(config, tmp_path / "qwen_out", "decoder"), decoder_params(alone, found))
 
 
+def test_a_folder_for_each_part(tmp_path):
+    """As VILA saves it: vision_tower/ and llm/ under a configuration that transformers lacks."""
+    tower, language = randomise(siglip()), randomise(qwen2())
+    saved(tower, tmp_path / "vila" / "vision_tower")
+    saved(language, tmp_path / "vila" / "llm")
+    (tmp_path / "vila" / "config.json").write_text('{"model_type": "llava_llama"}')
+    found = architecture.decoder_config(language.config)
+    config = run(vit=dict(output_layer=-2), decoder=found)
+    folder = str(tmp_path / "vila")
+    convert.import_weights(config, str(tmp_path / "out"), vit=folder, decoder=folder)
+    decoder = loaded(config, tmp_path / "out", "decoder")
+    assert_same(decoder, decoder_params(language, found))
+    assert_same(loaded(config, tmp_path / "out", "vit"), vit_params(tower, 2, False))
+
+
 def test_bfloat16_stays_and_shardings_hold(tmp_path):
     reference = randomise(gemma2()).to(torch.bfloat16)
     folder = saved(reference, tmp_path / "hf")
