@@ -8,7 +8,7 @@ from typing import Any
 from storm_jax.config import ConfigError, DecoderConfig, VitConfig
 
 # model_type of a text model -> the family that it is built like.
-FAMILIES = {
+DECODERS = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
@@ -99,11 +99,11 @@ def decoder_config(hf: Any, wanted: DecoderConfig | None = None) -> DecoderConfi
       ConfigError: it is of another family, uses what `Decoder` has not, or contradicts `wanted`.
     """
     text = hf.get_text_config()
-    family = FAMILIES.get(text.model_type)
+    family = DECODERS.get(text.model_type)
     if family is None:
         raise ConfigError(
             f"model_type {text.model_type!r} is no decoder that can be imported;"
-            f" {', '.join(FAMILIES)} are"
+            f" {', '.join(DECODERS)} are"
         )
     # Fields of other families may stand in a config.json without any effect: each family reads
     # those that its model in transformers reads.

@@ -56,7 +56,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _files(self, key: str) -> list[dict]:
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return [{key: str(f.relative_to(self.folder)), "type": "file"} for f in files]
+        return [
+            {
+                key: str(f.relative_to(self.folder)),
+                "type": "file",
+                "size": f.stat().st_size,
+                "oid": "",
+            }
+            for f in files
+        ]
 
     def _send(self, content: str | bytes, body: bool = True):
         content = content.encode() if isinstance(content, str) else content
