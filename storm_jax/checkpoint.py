@@ -185,7 +185,11 @@ def load_params(path: str | Path, abstract: Params) -> Params:
         where = f"checkpoint {folder / str(step)}"
         missing = sorted(set(abstract) - set(saved))
         if missing:
-            raise CheckpointError(f"{where} has no part {', '.join(missing)}")
+            raise CheckpointError(
+                f"{where} has no part {', '.join(missing)}, only {', '.join(sorted(saved))}; in"
+                " place of --config.init_from.all name these, as --config.init_from."
+                f"{min(saved)}={path}"
+            )
         check_same({part: saved[part] for part in abstract}, abstract, where)
     with _partial_loading():
         tree = {"params": abstract}

@@ -31,8 +31,8 @@ from storm_jax import checkpoint
 from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import text
-from storm_jax.interop import architecture, check, load, names, settings, torch_export
-from storm_jax.interop.files import Weights, WeightsError, resolve
+from storm_jax.interop import architecture, check, gemma_orbax, load, names, settings, torch_export
+from storm_jax.interop.files import Weights, WeightsError, part_of, resolve
 from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.models.storm import Params, StormModel, count_parameters
 from storm_jax.models.vit import resize_positions
@@ -82,9 +82,10 @@ def import_weights(
     abstract = abstract_params(StormModel(config.model), make_mesh(config.mesh))
     params: Params = {}
     if vit:
-        params["vit"] = _import_vit(config, resolve(vit), abstract["vit"])
+        folder = part_of(resolve(vit), "vision_tower")
+        params["vit"] = _import_vit(config, folder, abstract["vit"])
     if decoder:
-        folder = resolve(decoder)
+        folder = part_of(resolve(decoder), "llm")
         params["decoder"] = _import_decoder(config, folder, abstract["decoder"])
         _copy_tokenizer(folder, Path(out))
     written = checkpoint.save_params(out, params, config)
@@ -116,6 +117,11 @@ def _import_vit(config: RunConfig, folder: Path, abstract: Params) -> Params:
 
 def _import_decoder(config: RunConfig, folder: Path, abstract: Params) -> Params:
     wanted = config.model.decoder
+    if (orbax := gemma_orbax.find(folder)) is not None:
+        source = gemma_orbax.GemmaCheckpoint(orbax)
+        params = source.load(source.config(wanted), abstract)
+        _say(f"decoder: {count_parameters(params):,} parameters from {orbax} ({source.layout})")
+        return params
     architecture.decoder_config(architecture.read(folder), wanted)
     weights = Weights(folder)
     table, spell = names.decoder_names(wanted), load.decoder_spelling(weights)
@@ -255,8 +261,8 @@ def _refuse_checkpoints(out: str) -> None:
 
 def _copy_tokenizer(folder: Path, out: Path) -> None:
     """The decoder's tokenizer, chat template and generation config, beside the checkpoints."""
-    if not any(folder.glob("tokenizer*")):
-        _say(f"{folder} has no tokenizer: set data.tokenizer of the run")
+    if not (folder / "tokenizer.json").is_file():
+        _say(f"{folder} has no tokenizer.json: set data.tokenizer of the run")
         return
     save_tokenizer(text.load_tokenizer(str(folder)), out / "tokenizer")
     _say(f"its tokenizer: --config.data.tokenizer={out / 'tokenizer'}")

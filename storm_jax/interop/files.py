@@ -165,5 +165,12 @@ def resolve(name: str) -> Path:
     except Exception as error:  # the hub's own errors, network errors, malformed ids
         raise WeightsError(
             f"{name} is no folder here and could not be had from the Hugging Face hub"
-            f" ({type(error).__name__}: {error}); give the path of a local folder"
+            f" ({type(error).__name__}: {error}); give the path of a local folder with config.json"
+            f" and *.safetensors, which `hf download {name} --local-dir DIR` makes where there is a"
+            " network"
         ) from error
+
+
+def part_of(folder: Path, name: str) -> Path:
+    """A part's own folder in a model that keeps one for each part, as VILA does; else `folder`."""
+    return folder / name if (folder / name / "config.json").is_file() else folder
