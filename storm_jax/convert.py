@@ -11,8 +11,6 @@ python -m storm_jax.convert inspect CKPT|DIR
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import json
 import math
 import os
@@ -33,6 +31,7 @@ from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import text
 from storm_jax.interop import architecture, check, gemma_orbax, load, names, settings, torch_export
 from storm_jax.interop.files import Weights, WeightsError, part_of, resolve
+from storm_jax.interop.processor_export import write_processor
 from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.models.storm import Params, StormModel, count_parameters
 from storm_jax.models.vit import resize_positions
@@ -188,7 +187,7 @@ def export_weights(
         out,
         dtype=None if dtype is None else _dtype(dtype),
         max_shard_bytes=max_shard_bytes,
-        video_token_id=_write_processor(run, tokenizer_name, out),
+        video_token_id=write_processor(run, tokenizer_name, out),
         generation={
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": list(stop),
@@ -232,14 +231,6 @@ def check_export(path: str, folder: Path, limit: float) -> list[check.StageError
     for e in errors:
         print(f"{e.stage:<20} {e.error:>14.3e} {e.size:>14.3e} {e.share:>10.1e}")
     return check.above(errors, limit)
-
-
-def _write_processor(run: RunConfig, tokenizer: str, out: Path) -> int:
-    """Tokenizer, chat template and processor; the id that stands for a visual token."""
-    if importlib.util.find_spec("storm_jax.interop.processor_export") is None:
-        return run.model.decoder.vocab_size
-    module = importlib.import_module("storm_jax.interop.processor_export")
-    return module.write_processor(run, tokenizer, out)
 
 
 def _dtype(name: str) -> np.dtype:
