@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["storm_jax", "storm_jax.*"]) + find_packages("kernels"),
+    package_data={"storm_jax.interop.twin": ["*.jinja"]},  # what travels with an export
     package_dir={"storm_kernels": "kernels/storm_kernels"},
     install_requires=[
         "absl-py>=2.1",

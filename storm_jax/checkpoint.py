@@ -5,11 +5,14 @@ position in the data is the step: every global batch follows from it (`data.pipe
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from storm_jax.config import CheckpointConfig, RunConfig, from_mapping
@@ -182,15 +185,47 @@ def load_params(path: str | Path, abstract: Params) -> Params:
         where = f"checkpoint {folder / str(step)}"
         missing = sorted(set(abstract) - set(saved))
         if missing:
-            raise CheckpointError(f"{where} has no part {', '.join(missing)}")
+            raise CheckpointError(
+                f"{where} has no part {', '.join(missing)}, only {', '.join(sorted(saved))}; in"
+                " place of --config.init_from.all name these, as --config.init_from."
+                f"{min(saved)}={path}"
+            )
         check_same({part: saved[part] for part in abstract}, abstract, where)
-    options = ocp.options.PyTreeOptions(
-        loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
-    )
-    with ocp.Context(pytree_options=options):
+    with _partial_loading():
         tree = {"params": abstract}
         where = str(folder / str(step))
         return ocp.load_checkpointables(where, {"state": tree})["state"]["params"]
+
+
+def parameters(path: str | Path, names: Iterable[str]) -> Iterator[np.ndarray]:
+    """Parameters one by one, as they are stored, on the host; only the one asked for is read.
+
+    Args:
+      path: a workdir (its newest checkpoint) or one checkpoint.
+      names: of parameters that are there ("vit/patch/weight"), as `describe` spells them.
+    """
+    folder, step = find(path)
+    with ocp.training.Checkpointer(str(folder)) as orbax:
+        saved = orbax.checkpointables_metadata(step).metadata["state"]["params"]
+    where = str(folder / str(step))
+    with _partial_loading():
+        for name in names:
+            parts = ["params", *name.split("/")]
+            found = functools.reduce(lambda tree, part: tree[part], parts[1:], saved)
+            # Says shape and dtype, and takes no memory.
+            wanted: Any = np.broadcast_to(np.zeros((), found.dtype), found.shape)
+            for part in reversed(parts):
+                wanted = {part: wanted}
+            tree = ocp.load_checkpointables(where, {"state": wanted})["state"]
+            found = functools.reduce(lambda tree, part: tree[part], parts, tree)
+            del tree, wanted
+            yield found
+            del found  # else it stays while the next one is read
+
+
+def _partial_loading() -> ocp.Context:
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+    return ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading))
 
 
 def check_same(saved: Any, wanted: Any, where: str) -> None:

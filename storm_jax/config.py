@@ -13,19 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
-VISUAL = -1  # token id at a position of a sequence where a visual token stands
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the field and the remedy."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
+from storm_jax.frames import VISUAL as VISUAL  # `x as x`: for those who import it from here
+from storm_jax.frames import ConfigError as ConfigError
+from storm_jax.frames import FrameConfig, ReductionConfig
+from storm_jax.frames import require as _require
 
 # ------------------------------------------------------------------------------------------ model
 
@@ -92,35 +83,6 @@ class TemporalConfig:
     def __post_init__(self):
         _require(self.layers >= 0, f"temporal.layers={self.layers} is negative")
         _require(self.conv >= 1, f"temporal.conv={self.conv}: at least one tap is needed")
-
-
-@dataclass(frozen=True)
-class ReductionConfig:
-    """Which tokens reach the decoder (paper section 3.3)."""
-
-    temporal_pool: int = 1  # mean over this many consecutive frames (eq. 6-7)
-    spatial_pool: int = 1  # mean over windows of spatial_pool x spatial_pool tokens
-    temporal_sampling: int = 1  # at test time only: keep every s-th pooled frame (eq. 8)
-
-    def __post_init__(self):
-        for name in ("temporal_pool", "spatial_pool", "temporal_sampling"):
-            value = getattr(self, name)
-            _require(value >= 1, f"reduction.{name}={value}: 1 means none, smaller is not defined")
-
-    def frame_groups(self, frames: int) -> np.ndarray:
-        """The pooled frame that each of `frames` frames contributes to.
-
-        Returns int32 [frames]: 0, 0, 0, 0, 1, 1, ... for temporal_pool=4; -1 for a frame that
-        temporal sampling drops. The last group averages what is there.
-        """
-        pooled = np.arange(frames, dtype=np.int32) // self.temporal_pool
-        kept = pooled % self.temporal_sampling == 0
-        return np.where(kept, pooled // self.temporal_sampling, -1).astype(np.int32)
-
-    def groups(self, frames: int) -> int:
-        """Pooled frames that reach the decoder from a video of `frames` frames."""
-        pooled = math.ceil(frames / self.temporal_pool)
-        return math.ceil(pooled / self.temporal_sampling)
 
 
 @dataclass(frozen=True)
@@ -208,24 +170,6 @@ class ModelConfig:
 
 
 # ------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class FrameConfig:
-    """The one frame-sampling policy of training, evaluation and generation.
-
-    With fps=0 the times are evenly spaced from the first frame to the last, both included (as in
-    VILA, the paper's code base). With fps > 0 they are 1/fps apart from the first frame on, and
-    spread evenly again where that would give more than max_frames.
-    """
-
-    max_frames: int
-    fps: float = 0.0
-    keyframes_only: bool = False  # decode key frames alone: fast, up to one GOP too early
-
-    def __post_init__(self):
-        _require(self.max_frames >= 1, f"data.frames.max_frames={self.max_frames} is below 1")
-        _require(self.fps >= 0, f"data.frames.fps={self.fps} is negative")
 
 
 @dataclass(frozen=True)

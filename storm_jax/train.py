@@ -23,8 +23,9 @@ from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import pipeline
 from storm_jax.data.records import RecordError
 from storm_jax.data.sources import BadRecord, DataError, open_sources
-from storm_jax.data.text import TokenizerError, load_tokenizer
+from storm_jax.data.text import TokenizerError, load_tokenizer, vocabulary_needed
 from storm_jax.flops import Work, peak_flops, training_flops
+from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.metrics import MetricWriter, Progress, require_finite
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
 from storm_jax.parallel import sharding
@@ -81,9 +82,9 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
 
     # ---------------------------------------------------------------------------------------- data
     tokenizer = load_tokenizer(config.data.tokenizer)
-    _check_vocabulary(config, len(tokenizer))
+    _check_vocabulary(config, vocabulary_needed(tokenizer, config.data.chat_template))
     if jax.process_index() == 0:
-        tokenizer.save_pretrained(workdir / "tokenizer")
+        save_tokenizer(tokenizer, workdir / "tokenizer")
     batches = pipeline.train_batches(
         config.data,
         config.model,

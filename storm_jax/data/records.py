@@ -9,12 +9,10 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from storm_jax.data.conversation import Media, Role, Turn
 from storm_jax.data.spans import line_spans, list_spans
-
-Kind = Literal["video", "image"]
-Role = Literal["system", "user", "assistant"]
 
 PLACEHOLDER = re.compile(r"<(?:vila/)?(video|image)>")
 
@@ -30,24 +28,6 @@ _ROLES: dict[str, Role] = {
 
 class RecordError(ValueError):
     """A record that cannot be used; the message names file and record, the fault and the remedy."""
-
-
-@dataclass(frozen=True)
-class Media:
-    """A video or an image of a record."""
-
-    kind: Kind
-    path: str  # joined with the media root; a file, or a folder of frames
-    start: float | None = None  # seconds; None: from the first frame
-    end: float | None = None  # seconds; None: to the last frame
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one side says; placeholders stand where the media belong."""
-
-    role: Role
-    text: str
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from storm_jax.config import VISUAL
-from storm_jax.data.records import Turn
+from storm_jax.data.conversation import Turn
+from storm_jax.frames import VISUAL
 
 if TYPE_CHECKING:  # transformers takes a second to import; data workers never need it
     from tokenizers import Tokenizer
@@ -38,6 +38,10 @@ Template = Literal["gemma", "qwen2"]
 
 PLACEHOLDER = re.compile("<video>|<image>")
 
+_TEMPLATE_TOKENS: dict[Template, tuple[str, ...]] = {
+    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+    "qwen2": ("<|im_start|>", "<|im_end|>"),
+}
 _QWEN2_SYSTEM = "You are a helpful assistant."
 
 
@@ -182,6 +186,18 @@ def stop_tokens(tokenizer: "PreTrainedTokenizerFast", template: Template) -> tup
     return tuple(ids if last is None else [*ids, last])
 
 
+def vocabulary_needed(tokenizer: "PreTrainedTokenizerFast", template: Template) -> int:
+    """One more than the largest id that `encode` can return: what the decoder's table must hold.
+
+    Special tokens that the template does not use can never come out, whatever a text spells:
+    Gemma 3's tokenizer has one for images, whose id its text models do not know.
+    """
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    plain = (id_ for id_ in tokenizer.get_vocab().values() if id_ not in special)
+    used = [_special_id(tokenizer, token) for token in _TEMPLATE_TOKENS[template]]
+    return 1 + max(*plain, *used)
+
+
 def _special_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> int:
     token_id = tokenizer.backend_tokenizer.token_to_id(token)
     if token_id is None:
@@ -193,6 +209,19 @@ def _special_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> int:
 
 
 # -------------------------------------------------------------------------------------- templates
+
+
+def spelled(template: Template, turns: Sequence[Turn], prompt: bool) -> str:
+    """The conversation as one string: special tokens by name, placeholders as they are.
+
+    With `prompt` up to where the next answer begins. Tokenizers turn the string into what `encode`
+    and `encode_prompt` return, but for texts that spell special tokens and answers that begin with
+    white space.
+
+    Raises:
+      TemplateError: turns that the template has no form for.
+    """
+    return "".join(piece.text for piece in _render(template, turns, prompt))
 
 
 def _render(template: Template, turns: Sequence[Turn], prompt: bool) -> list[_Piece]:

@@ -17,6 +17,7 @@ import io
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,11 +25,11 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from storm_jax.config import FrameConfig
 from storm_jax.data.container import MediaError, VideoReader, to_rgb
-from storm_jax.data.records import Media
+from storm_jax.data.conversation import Media
+from storm_jax.frames import FrameConfig
 
-__all__ = ["MediaError", "Probe", "decode", "frame_count", "probe", "sample"]
+__all__ = ["MediaError", "Probe", "decode", "frame_count", "probe", "sample", "sample_images"]
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _FOLDER_FPS = 1.0  # a folder of frames has no clock: frame i counts as second i
@@ -61,7 +62,7 @@ def probe(path: str, kind: Literal["video", "image"] = "video") -> Probe:
     """
     if kind == "image" or os.path.isdir(path):
         files = [path] if kind == "image" else _folder(path)
-        frame = _image_frame(files[0])
+        frame = _image_frame(files[0], None)
         count = len(files)
         return Probe(
             "image" if kind == "image" else "frames",
@@ -140,7 +141,8 @@ def sample(
     """Frames of a record's medium under the configured policy.
 
     Args:
-      media: a video file, a folder of frames (sorted naturally: 2 before 10) or an image.
+      media: a video file, a folder of frames (sorted naturally: 2 before 10) or an image; with
+        `data`, that is read, and `path` is only its name in errors.
       frames: the policy; see `FrameConfig`.
       size: side of the square frames, pixels.
       timeout: seconds that the file may take; see `decode`.
@@ -153,8 +155,8 @@ def sample(
       MediaError: as `decode`.
     """
     if media.kind == "image":
-        return _image(media.path, size)[None], np.zeros(1)
-    if os.path.isdir(media.path):
+        return _image(media.path, size, media.data)[None], np.zeros(1)
+    if media.data is None and os.path.isdir(media.path):
         files = _folder(media.path)
         clip = media.path, len(files) / _FOLDER_FPS, _FOLDER_FPS, len(files)
         times = _times(clip, (media.start, media.end), frames.max_frames, frames.fps)
@@ -162,7 +164,7 @@ def sample(
         images = np.stack([_image(files[i], size) for i in picks])
         return images, np.array(picks) / _FOLDER_FPS
     return decode(
-        media.path,
+        media.path if media.data is None else media.data,
         n=None if frames.fps else frames.max_frames,
         fps=frames.fps or None,
         start=media.start,
@@ -172,6 +174,31 @@ def sample(
         timeout=timeout,
         max_frames=frames.max_frames,
     )
+
+
+def sample_images(images: Sequence[np.ndarray], frames: FrameConfig, size: int) -> np.ndarray:
+    """Frames that are decoded already: all of them, or `max_frames` spread evenly over them.
+
+    They have no clock, so `frames.fps` says nothing about them.
+
+    Args:
+      images: uint8 [H, W, 3] each, RGB, at least one.
+      frames: the policy.
+      size: side of the square frames, pixels.
+
+    Returns:
+      uint8 [F, size, size, 3].
+    """
+    clip = "frames in memory", float(len(images)), 1.0, len(images)
+    times = _times(clip, (None, None), frames.max_frames, 0.0)
+    picks = [math.ceil(t - 0.5) for t in times]
+    reformatter = VideoReformatter()
+
+    def scaled(image: np.ndarray) -> np.ndarray:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        return to_rgb(frame, size, reformatter)
+
+    return np.stack([scaled(images[i]) for i in picks])
 
 
 def frame_count(probe: Probe, media: Media, frames: FrameConfig) -> int:
@@ -238,12 +265,13 @@ def _folder(path: str) -> list[str]:
     return [os.path.join(path, x) for x in sorted(names, key=natural)]
 
 
-def _image_frame(path: str) -> av.VideoFrame:
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise MediaError(path, f"cannot be read: {error.strerror}") from error
+def _image_frame(path: str, data: bytes | None) -> av.VideoFrame:
+    if data is None:
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise MediaError(path, f"cannot be read: {error.strerror}") from error
     if not data:
         raise MediaError(path, "is empty (0 bytes)")
     try:
@@ -259,9 +287,9 @@ def _image_frame(path: str) -> av.VideoFrame:
     raise MediaError(path, "is not an image: no picture could be decoded")
 
 
-def _image(path: str, size: int) -> np.ndarray:
-    """An image file as uint8 [size, size, 3]."""
-    return to_rgb(_image_frame(path), size, VideoReformatter())
+def _image(path: str, size: int, data: bytes | None = None) -> np.ndarray:
+    """An image file, read from `path` unless `data` holds it, as uint8 [size, size, 3]."""
+    return to_rgb(_image_frame(path, data), size, VideoReformatter())
 
 
 def _rotation(frame: av.VideoFrame) -> int:

@@ -7,22 +7,31 @@ from typing import Any
 
 from storm_jax.config import ConfigError, DecoderConfig, VitConfig
 
-DECODERS = ("gemma", "gemma2", "gemma3_text", "qwen2")
+# model_type of a text model -> the family that it is built like.
+DECODERS = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "qwen2": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+}
 
 
 def read(folder: Path) -> Any:
     """The transformers configuration of a folder.
 
     Raises:
-      ConfigError: there is none, or transformers does not know its model_type.
+      ConfigError: there is none, or transformers does not know its model_type or refuses a value.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json; give the folder of a transformers model")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise ConfigError(f"{folder}/config.json: {error}") from error
 
 
@@ -38,6 +47,12 @@ def vit_config(hf: Any, wanted: VitConfig) -> VitConfig:
       ConfigError: it is of another family, or contradicts `wanted`.
     """
     vision = getattr(hf, "vision_config", hf)
+    if vision.model_type == "siglip2_vision_model":
+        raise ConfigError(
+            f"model_type {vision.model_type!r} is a NaFlex tower (patches of any aspect ratio,"
+            " positions resized for every image), which is not offered; take the SigLIP2 of a fixed"
+            " resolution, as google/siglip2-so400m-patch14-384, whose model_type is 'siglip'"
+        )
     if vision.model_type != "siglip_vision_model":
         raise ConfigError(
             f"model_type {vision.model_type!r} is no SigLIP vision tower; SigLIP and SigLIP2 of"
@@ -45,23 +60,32 @@ def vit_config(hf: Any, wanted: VitConfig) -> VitConfig:
         )
     _require_value("hidden_act", vision.hidden_act, "gelu_pytorch_tanh")
     _require_value("num_channels", vision.num_channels, 3)
+    stored_positions(hf)  # of a square
     found = dataclasses.replace(
         wanted,
-        patch_size=vision.patch_size,
+        patch_size=_side("patch_size", vision.patch_size),
         width=vision.hidden_size,
         mlp=vision.intermediate_size,
         layers=vision.num_hidden_layers,
         heads=vision.num_attention_heads,
         norm_eps=vision.layer_norm_eps,
     )
-    _no_contradiction("vit", found, wanted)
+    no_contradiction("vit", found, wanted)
     return found
 
 
 def stored_positions(hf: Any) -> int:
     """Side of the square table of position embeddings in the checkpoint."""
     vision = getattr(hf, "vision_config", hf)
-    return vision.image_size // vision.patch_size
+    return _side("image_size", vision.image_size) // _side("patch_size", vision.patch_size)
+
+
+def _side(field: str, value: Any) -> int:
+    """A size that transformers writes as one number or as [height, width]."""
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise ConfigError(f"{field}={value!r} in config.json; only squares are offered")
+    return sides.pop()
 
 
 def decoder_config(hf: Any, wanted: DecoderConfig | None = None) -> DecoderConfig:
@@ -75,35 +99,45 @@ def decoder_config(hf: Any, wanted: DecoderConfig | None = None) -> DecoderConfi
       ConfigError: it is of another family, uses what `Decoder` has not, or contradicts `wanted`.
     """
     text = hf.get_text_config()
-    family = "qwen2" if text.model_type == "qwen2_vl_text" else text.model_type
-    if family not in DECODERS:
+    family = DECODERS.get(text.model_type)
+    if family is None:
         raise ConfigError(
             f"model_type {text.model_type!r} is no decoder that can be imported;"
-            f" {', '.join(DECODERS)} and the text model of qwen2_vl are"
+            f" {', '.join(DECODERS)} are"
         )
-    gemma = family.startswith("gemma")
-    full = [kind == "full_attention" for kind in getattr(text, "layer_types", None) or []]
-    every = full.index(True) + 1 if True in full else 1
-    if full and full != [(i + 1) % every == 0 for i in range(len(full))]:
+    # Fields of other families may stand in a config.json without any effect: each family reads
+    # those that its model in transformers reads.
+    gemma, gemma3 = family != "qwen2", family == "gemma3"
+    softcaps = family in ("gemma2", "gemma3")
+    if gemma:
+        _require_value("attention_bias", bool(text.attention_bias), False)
+        # A PaliGemma sees its prompt in both directions. Here every token is read causally.
+        if hf.model_type != "paligemma":
+            both = bool(text.use_bidirectional_attention)
+            _require_value("use_bidirectional_attention", both, False)
+    if gemma3:  # transformers reads it there and does not apply it
+        _require_value("attn_logit_softcapping", text.attn_logit_softcapping, None)
+    activation = text.hidden_activation if softcaps else text.hidden_act
+    activations = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
+    if activation not in activations:
+        raise ConfigError(f"activation {activation!r} is not offered; {', '.join(activations)} are")
+    every = _global_every(text)
+    local = every > 1
+    wide = near = text.rope_parameters
+    if gemma3:
+        wide, near = wide["full_attention"], wide["sliding_attention"]
+    theta, scaling = _rotary(wide)
+    theta_local, scaling_local = _rotary(near) if local else (theta, scaling)
+    if local and scaling_local != 1:
         raise ConfigError(
-            f"layer_types of {text.model_type} mixes local and global attention irregularly;"
-            " only every n-th layer global is offered"
+            f"rope_parameters={near} in config.json: a linear factor in layers with a sliding"
+            " window is not offered, only in those with full attention"
         )
-    ropes = text.rope_parameters
-    wide = near = ropes
-    if family == "gemma3_text":
-        wide, near = ropes["full_attention"], ropes["sliding_attention"]
-    # Qwen2-VL's rotation in three axes is the plain one where all three positions are equal.
-    for rope, kinds in ((wide, ("default", "linear", "mrope")), (near, ("default", "mrope"))):
-        kind = rope.get("rope_type", "default")
-        if kind not in kinds and (rope is wide or near is not wide):
-            raise ConfigError(f"rope_type {kind!r} is not offered; {', '.join(kinds)} are")
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    activation = (getattr(text, "hidden_activation", None) if gemma else None) or text.hidden_act
-    if activation not in ("gelu_pytorch_tanh", "silu"):
-        raise ConfigError(f"activation {activation!r} is not offered; gelu_pytorch_tanh, silu are")
-    local = every > 1
+    if text.model_type in ("qwen2_vl_text", "qwen2_5_vl_text"):
+        # Their attention takes it from the width, their rotation from the field.
+        _require_value("head_dim", head_dim, text.hidden_size // heads)
     found = DecoderConfig(
         vocab_size=text.vocab_size,
         width=text.hidden_size,
@@ -112,37 +146,72 @@ def decoder_config(hf: Any, wanted: DecoderConfig | None = None) -> DecoderConfi
         kv_heads=text.num_key_value_heads,
         head_dim=head_dim,
         mlp=text.intermediate_size,
-        activation="silu" if activation == "silu" else "gelu_tanh",
+        activation=activations[activation],  # pyrefly: ignore[bad-argument-type]
         norm_eps=text.rms_norm_eps,
         norm_plus_one=gemma,
-        post_norms=family in ("gemma2", "gemma3_text"),
+        post_norms=softcaps,
         qkv_bias=not gemma,
-        qk_norm=family == "gemma3_text",
-        query_scale=(getattr(text, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
-        attention_softcap=getattr(text, "attn_logit_softcapping", None) or 0.0,
-        logit_softcap=getattr(text, "final_logit_softcapping", None) or 0.0,
+        qk_norm=gemma3,
+        query_scale=(text.query_pre_attn_scalar if softcaps else head_dim) ** -0.5,
+        attention_softcap=(text.attn_logit_softcapping if family == "gemma2" else None) or 0.0,
+        logit_softcap=(text.final_logit_softcapping if softcaps else None) or 0.0,
         global_every=every,
         window=text.sliding_window if local else 0,
-        rope_theta=wide["rope_theta"],
-        rope_theta_local=near["rope_theta"] if local else wide["rope_theta"],
-        rope_scaling=wide.get("factor", 1.0) if wide.get("rope_type") == "linear" else 1.0,
+        rope_theta=theta,
+        rope_theta_local=theta_local,
+        rope_scaling=scaling,
         tied_embeddings=hf.tie_word_embeddings,
         scale_embeddings=gemma,
     )
     if wanted is not None:
-        _no_contradiction("decoder", found, _normal(wanted))
+        no_contradiction("decoder", normal(found), normal(wanted))
     return found
 
 
-def _normal(config: DecoderConfig) -> DecoderConfig:
-    """The same decoder with every field that has no effect as `decoder_config` sets it."""
-    local = config.global_every > 1
-    return dataclasses.replace(
-        config,
-        query_scale=config.query_scale or config.head_dim**-0.5,
-        window=config.window if local else 0,
-        rope_theta_local=config.rope_theta_local if local else config.rope_theta,
-    )
+def _global_every(text: Any) -> int:
+    """The period of global layers; one more than there are layers if none is global."""
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:  # Gemma 1
+        return 1
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    full = [kind == "full_attention" for kind in kinds]
+    every = full.index(True) + 1 if True in full else len(full) + 1
+    if unknown or full != [(i + 1) % every == 0 for i in range(len(full))]:
+        raise ConfigError(
+            f"layer_types of {text.model_type} is {kinds}; only sliding_attention with every n-th"
+            " layer full_attention is offered"
+        )
+    if every > 1 and not text.sliding_window:
+        raise ConfigError(f"sliding_window={text.sliding_window}, but layer_types has such layers")
+    return every
+
+
+def _rotary(rope: Any) -> tuple[float, float]:
+    """Base and linear scaling of a rotary embedding."""
+    kind = rope.get("rope_type", "default")
+    # Qwen2-VL's rotation in three axes is the plain one where all three positions are equal.
+    if kind not in ("default", "linear", "mrope"):
+        raise ConfigError(f"rope_type {kind!r} is not offered; default, linear, mrope are")
+    if rope.get("partial_rotary_factor", 1.0) != 1:
+        raise ConfigError(
+            f"partial_rotary_factor={rope['partial_rotary_factor']} in config.json; only 1 is"
+            " offered"
+        )
+    return rope["rope_theta"], rope["factor"] if kind == "linear" else 1.0
+
+
+def normal(config: DecoderConfig) -> DecoderConfig:
+    """The same decoder, every field that has no effect set to one value: equal ones compare so."""
+    every = min(config.global_every, config.layers + 1)
+    changes: dict[str, Any] = {
+        "query_scale": config.query_scale or config.head_dim**-0.5,
+        "global_every": every,
+    }
+    if every == 1:
+        changes |= {"window": 0, "rope_theta_local": config.rope_theta}
+    elif every > config.layers:
+        changes |= {"rope_theta": config.rope_theta_local, "rope_scaling": 1.0}
+    return dataclasses.replace(config, **changes)
 
 
 def _require_value(field: str, value: Any, needed: Any) -> None:
@@ -150,13 +219,18 @@ def _require_value(field: str, value: Any, needed: Any) -> None:
         raise ConfigError(f"{field}={value!r} in config.json; only {needed!r} is offered")
 
 
-def _no_contradiction(part: str, found: Any, wanted: Any) -> None:
+def no_contradiction(part: str, found: Any, wanted: Any, source: str = "config.json") -> None:
+    """Compares what a checkpoint is with what the run wants.
+
+    Raises:
+      ConfigError: lists every field that differs.
+    """
     lines = []
     for field in dataclasses.fields(found):
         have, want = getattr(found, field.name), getattr(wanted, field.name)
         same = math.isclose(have, want, rel_tol=1e-6) if isinstance(have, float) else have == want
         if not same:
-            lines.append(f"  model.{part}.{field.name}: {have} in config.json, {want} in --config")
+            lines.append(f"  model.{part}.{field.name}: {have} in {source}, {want} in --config")
     if lines:
         raise ConfigError(
             "the checkpoint is of another architecture than --config:\n"

@@ -1,7 +1,7 @@
 """Reads a part of the model from a folder of weights, layer by layer, to where it belongs."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -81,7 +81,12 @@ def check_names(
             inside = name.startswith(tower) and name not in asked
             if inside and not SKIPPED.match(plain + name.removeprefix(tower)):
                 extra.append(name)
-    missing = sorted(name for name in asked if name not in weights)
+    refuse(weights, [name for name in asked if name not in weights], extra)
+
+
+def refuse(weights: Weights, missing: Iterable[str], extra: Iterable[str]) -> None:
+    """Raises a WeightsError that lists these names, if there are any."""
+    missing, extra = sorted(missing), sorted(extra)
     if missing or extra:
         lines = [f"  missing: {name}" for name in missing]
         lines += [f"  without a place in this model: {name}" for name in extra]
@@ -135,33 +140,49 @@ def load_part(
             except ValueError as error:
                 raise WeightsError(f"{weights.folder}: {hf}: {error}") from error
 
-        out[ours] = _placed(leaf, fetch, name.stacked)
+        filling = Filling(leaf, name.stacked)
+        for layer in range(leaf.shape[0] if name.stacked else 1):
+            filling.put(layer, fetch(layer))
+        out[ours] = filling.array()
     return nnx.traversals.unflatten_mapping(out, sep="/")
 
 
-def _placed(leaf, fetch: Callable[[int], np.ndarray], stacked: bool) -> jax.Array:
-    """The array of one parameter, from its layers or from its only tensor."""
-    shape, sharding = leaf.shape, leaf.sharding
-    if not stacked:
-        whole = fetch(0)
-        return jax.make_array_from_callback(shape, sharding, lambda index: whole[index])
-    shards: dict[tuple, np.ndarray] = {}
-    indices = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
+class Filling:
+    """A parameter that is put together from one tensor, or from one of each layer.
+
+    The host holds the shards that belong to this process's devices, and no more.
+
+    Args:
+      leaf: `jax.ShapeDtypeStruct` with a sharding.
+      stacked: the first axis is that of layers.
+    """
+
+    def __init__(self, leaf, stacked: bool):
+        self._shape, self._sharding, self._stacked = leaf.shape, leaf.sharding, stacked
         # Slices cannot be keys before Python 3.12; replicas share a shard.
-        indices[device] = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
-    for layer in range(shape[0]):
-        tensor = fetch(layer)
-        for index in set(indices.values()):
-            first, last, _ = index[0]
-            if not first <= layer < last:
+        where = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        self._indices = {self._key(index) for index in where}
+        self._shards: dict[tuple, np.ndarray] = {}
+
+    def _key(self, index) -> tuple[tuple[int, int, int], ...]:
+        return tuple(s.indices(n) for s, n in zip(index, self._shape, strict=True))
+
+    def put(self, layer: int, tensor: np.ndarray) -> None:
+        """Takes a layer's tensor, in our shape; the only one (layer 0) if there is no such axis."""
+        for index in self._indices:
+            if not self._stacked:
+                self._shards[index] = tensor[tuple(slice(*s) for s in index)]
                 continue
-            if index not in shards:
-                sizes = tuple(stop - start for start, stop, _ in index)
-                shards[index] = np.empty(sizes, tensor.dtype)
-            shards[index][layer - first] = tensor[tuple(slice(*s) for s in index[1:])]
+            first, last, _ = index[0]
+            if first <= layer < last:
+                if index not in self._shards:
+                    sizes = tuple(stop - start for start, stop, _ in index)
+                    self._shards[index] = np.empty(sizes, tensor.dtype)
+                rest = tuple(slice(*s) for s in index[1:])
+                self._shards[index][layer - first] = tensor[rest]
 
-    def shard(index):
-        return shards[tuple(s.indices(n) for s, n in zip(index, shape, strict=True))]
-
-    return jax.make_array_from_callback(shape, sharding, shard)
+    def array(self) -> jax.Array:
+        """The parameter where it belongs, once all tensors are put."""
+        return jax.make_array_from_callback(
+            self._shape, self._sharding, lambda index: self._shards[self._key(index)]
+        )

@@ -2,17 +2,33 @@
 
 Ours are paths inside a part ("blocks/layers/query/weight"), with all layers stacked on the first
 axis; theirs have one tensor a layer, "{layer}" in the table, and PyTorch's order [outputs, inputs].
+`storm_names` has the whole model, as an export spells it.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from storm_jax.config import DecoderConfig, VitConfig
+from storm_jax.config import (
+    DecoderConfig,
+    ModelConfig,
+    ProjectorConfig,
+    TemporalConfig,
+    VitConfig,
+)
 
-Form = Literal["same", "linear", "patches"]
+Form = Literal["same", "joined", "linear", "taps", "patches"]
+
+# Where the parts stand in an exported model; these are attributes of the PyTorch twin.
+PREFIXES = {
+    "vit": "vision_tower.",
+    "projector": "projector.",
+    "temporal": "temporal.",
+    "decoder": "language_model.",
+}
 
 
 @dataclass(frozen=True)
@@ -22,8 +38,10 @@ class Name:
     Attributes:
       ours: path inside its part.
       hf: name in the checkpoint, with "{layer}" if our parameter stacks the layers.
-      form: "same": the same numbers in the same order, axes may be joined;
+      form: "same": the same array;
+        "joined": the same numbers in the same order, on one axis there;
         "linear": ours is [*inputs, *outputs], theirs [outputs, inputs];
+        "taps": ours is [taps, channels], theirs a depthwise Conv1d's [channels, 1, taps];
         "patches": ours is [row * column * channel, outputs], theirs a Conv2d's [outputs, channel,
         row, column].
       inputs: leading axes of a "linear", that of layers not counted, that are inputs.
@@ -47,7 +65,7 @@ class Name:
         wanted = self.hf_shape(shape)
         if array.shape != wanted:
             raise ValueError(f"{self.hf} has shape {array.shape}, this model needs {wanted}")
-        if self.form == "linear":
+        if self.form in ("linear", "taps"):
             array = array.T
         elif self.form == "patches":
             array = array.transpose(2, 3, 1, 0)
@@ -56,7 +74,7 @@ class Name:
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """One layer of our parameter as the checkpoint has it; the inverse of `to_ours`."""
         shape = self.hf_shape(array.shape)
-        if self.form == "linear":
+        if self.form in ("linear", "taps"):
             return array.reshape(shape[::-1]).T
         if self.form == "patches":
             outputs, channels, rows, columns = shape
@@ -67,17 +85,18 @@ class Name:
         """Shape in the checkpoint of what has `shape` (of one layer) here."""
         if self.form == "linear":
             return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
+        if self.form == "taps":
+            return shape[1], 1, shape[0]
         if self.form == "patches":
             side = math.isqrt(shape[0] // 3)
             return shape[1], 3, side, side
-        # A bias of heads is one axis there. The only tables are embeddings.
-        return shape if self.ours in ("positions", "embedding/table") else (math.prod(shape),)
+        return (math.prod(shape),) if self.form == "joined" else shape
 
 
 def _both(ours: str, hf: str, *, bias: bool, inputs: int = 1) -> list[Name]:
     """Weight and bias of a linear map."""
     names = [Name(f"{ours}/weight", f"{hf}.weight", "linear", inputs)]
-    return [*names, Name(f"{ours}/bias", f"{hf}.bias")] if bias else names
+    return [*names, Name(f"{ours}/bias", f"{hf}.bias", "joined")] if bias else names
 
 
 def vit_names(config: VitConfig) -> list[Name]:
@@ -106,6 +125,44 @@ def vit_names(config: VitConfig) -> list[Name]:
         names += [
             Name("norm/scale", "post_layernorm.weight"),
             Name("norm/bias", "post_layernorm.bias"),
+        ]
+    return names
+
+
+def projector_names(config: ProjectorConfig) -> list[Name]:
+    """Of the twin's projector."""
+    names = _both("linear", "linear", bias=True)
+    if config.norm:
+        names += [Name("norm/scale", "norm.weight"), Name("norm/bias", "norm.bias")]
+    return names
+
+
+def temporal_names(config: TemporalConfig) -> list[Name]:
+    """Of the twin's Mamba layers, whose tensors are those of transformers' `MambaMixer`.
+
+    No names where there is no temporal encoder.
+    """
+    if not config.layers:
+        return []
+    ours, layer = "blocks/layers/", "layers.{layer}."
+    names = [
+        Name(f"{ours}norm/scale", f"{layer}norm.weight"),
+        Name(f"{ours}norm/bias", f"{layer}norm.bias"),
+        *_both(f"{ours}in_proj", f"{layer}in_proj", bias=False),
+        *_both(f"{ours}out_proj", f"{layer}out_proj", bias=False),
+    ]
+    both = config.direction == "bidirectional"
+    for direction in ("forward", "backward") if both else ("forward",):
+        # A PyTorch module's own `forward` is its call.
+        here, there = f"{ours}{direction}/", f"{layer}{direction}_direction."
+        names += [
+            Name(f"{here}conv_weight", f"{there}conv1d.weight", "taps"),
+            Name(f"{here}conv_bias", f"{there}conv1d.bias"),
+            *_both(f"{here}x_proj", f"{there}x_proj", bias=False),
+            *_both(f"{here}dt_proj", f"{there}dt_proj", bias=False),
+            Name(f"{here}dt_bias", f"{there}dt_proj.bias"),
+            Name(f"{here}A_log", f"{there}A_log"),
+            Name(f"{here}D", f"{there}D"),
         ]
     return names
 
@@ -141,3 +198,18 @@ def decoder_names(config: DecoderConfig) -> list[Name]:
     if not config.tied_embeddings:
         names.append(Name("head/weight", "lm_head.weight", "linear"))
     return names
+
+
+def storm_names(config: ModelConfig) -> list[Name]:
+    """Of the whole model: our paths begin with the part, theirs with its prefix in an export."""
+    parts = {
+        "vit": vit_names(config.vit),
+        "projector": projector_names(config.projector),
+        "temporal": temporal_names(config.temporal),
+        "decoder": decoder_names(config.decoder),
+    }
+    return [
+        dataclasses.replace(name, ours=f"{part}/{name.ours}", hf=PREFIXES[part] + name.hf)
+        for part, names in parts.items()
+        for name in names
+    ]

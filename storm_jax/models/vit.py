@@ -90,7 +90,7 @@ class Vit(nnx.Module):
         x = reshape(frames_BFHWC[:, :, :side, :side], B, F, grid, patch, grid, patch, 3)
         x = x.transpose(0, 1, 2, 4, 3, 5, 6)
         x = reshape(x, B * F, grid * grid, patch * patch * 3)
-        x = self.patch((x.astype(jnp.float32) / 127.5 - 1).astype(dtype))
+        x = self.patch(normalise(x).astype(dtype))
         positions = resize_positions(self.positions[...], grid)
         positions = shard(positions, None, None).astype(dtype)
         x_BND = x + positions
@@ -98,6 +98,15 @@ class Vit(nnx.Module):
         if self.norm is not None:
             x_BND = self.norm(x_BND)
         return reshape(x_BND, B, F, grid * grid, self.config.width)
+
+
+def normalise(pixels: jax.Array) -> jax.Array:
+    """uint8 [0, 255] as float32 [-1, 1], the same bits on every platform, compiled or not.
+
+    2x - 255 is exact and one product follows. XLA compiles x / 127.5 - 1, which is the same number,
+    as a product with 1 / 127.5, with or without a fused addition: its last bits would differ.
+    """
+    return (2 * pixels.astype(jnp.float32) - 255) * np.float32(1 / 255)
 
 
 def resize_positions(table: jax.Array, grid: int) -> jax.Array:

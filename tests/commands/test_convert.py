@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs import debug
-from tests.commands.conftest import Command
+from tests.commands.conftest import Command, training
 
 pytest.importorskip("torch")
 import transformers  # noqa: E402
@@ -26,3 +26,50 @@ def test_import_and_inspect(tmp_path):
     assert re.search(rf"vit/patch/weight +float32 +[\d,]+ {8 * 8 * 3}x{vit.width}\n", out)
     code, out, err = Command("convert", "inspect", str(tmp_path)).finish()
     assert code == 1 and err.strip().splitlines()[-1].startswith("error: no checkpoint at")
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_what_was_imported(videos, tmp_path):
+    """`init_from`: the parts that an import has, one by one; a part that it lacks is named."""
+    config = debug.get_config().model
+    vit, decoder = config.vit, config.decoder
+    tower = transformers.SiglipVisionConfig(
+        image_size=vit.image_size, patch_size=vit.patch_size, hidden_size=vit.width,
+        intermediate_size=vit.mlp, num_hidden_layers=vit.layers, num_attention_heads=vit.heads,
+    )  # fmt: skip
+    transformers.SiglipVisionModel(tower).save_pretrained(tmp_path / "vit")
+    text = transformers.Gemma3TextConfig(
+        vocab_size=decoder.vocab_size, hidden_size=decoder.width, intermediate_size=decoder.mlp,
+        num_hidden_layers=decoder.layers, num_attention_heads=decoder.heads,
+        num_key_value_heads=decoder.kv_heads, head_dim=decoder.head_dim,
+        query_pre_attn_scalar=decoder.head_dim, sliding_window=decoder.window,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    transformers.Gemma3ForCausalLM(text).save_pretrained(tmp_path / "decoder")
+    imported = tmp_path / "imported"
+    parts = (f"--vit={tmp_path / 'vit'}", f"--decoder={tmp_path / 'decoder'}")
+    given = ("import", "--config=configs/debug.py", f"--out={imported}", *parts)
+    code, _, err = Command("convert", *given).finish()
+    assert code == 0, err
+
+    def train(name, *overrides):
+        short = ("--config.train.steps=1", "--config.train.eval_samples=0")
+        return training(videos, tmp_path / name, *short, *overrides).finish()
+
+    def starts(err):
+        return sorted(line.split()[0] for line in err.splitlines() if " starts from " in line)
+
+    for part in ("all", "temporal", "projector"):
+        code, _, err = train(f"no {part}", f"--config.init_from.{part}={imported}")
+        assert code != 0
+        lacking = "projector" if part == "all" else part
+        assert f"has no part {lacking}, only decoder, vit; in place of" in err
+    both = (f"--config.init_from.vit={imported}", f"--config.init_from.decoder={imported}")
+    code, _, err = train("first", *both)
+    assert code == 0, err
+    assert starts(err) == ["decoder", "vit"]
+    code, _, err = train("next", f"--config.init_from.all={tmp_path / 'first'}", both[0])
+    assert code == 0, err
+    assert starts(err) == ["decoder", "projector", "temporal", "vit"]
+    assert f"vit starts from {imported}" in err
+    assert f"temporal starts from {tmp_path / 'first'}" in err

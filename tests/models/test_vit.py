@@ -10,7 +10,7 @@ from flax import nnx
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from storm_jax.config import ConfigError, VitConfig
-from storm_jax.models.vit import Vit, resize_positions
+from storm_jax.models.vit import Vit, normalise, resize_positions
 from tests.compilation import FUSED
 from tests.models.references import pixels, randomise, vit_params, with_params
 
@@ -185,6 +185,16 @@ def test_micro_batches_bound_the_memory_of_many_frames(siglip, remat):
         return jax.jit(f).lower(params, images).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(4) < temporaries(0) / 3
+
+
+def test_pixels_are_the_same_bits_everywhere():
+    values = np.arange(256, dtype=np.uint8)
+    alone, compiled = normalise(jnp.asarray(values)), jax.jit(normalise)(values)
+    table = (torch.from_numpy(values).float() * 2 - 255) * (1 / 255)
+    assert alone.dtype == jnp.float32
+    np.testing.assert_array_equal(alone, table.numpy())
+    np.testing.assert_array_equal(compiled, table.numpy())
+    np.testing.assert_allclose(compiled, values / 127.5 - 1, rtol=0, atol=1e-7)
 
 
 def test_bad_values_name_the_field():

@@ -1,0 +1,1 @@
+"""Source files that travel with an export; their imports from storm_jax become relative there."""
