@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import pytest
 
 from storm_jax.data import synthetic, text
 from storm_jax.data.conversation import Media
 from storm_jax.frames import FrameConfig
 from tests.data.media_files import picture, write
+
+Image = pytest.importorskip("PIL.Image")
 
 H264 = {"g": "12", "bf": "3", "preset": "veryfast"}
 

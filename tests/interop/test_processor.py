@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from storm_jax.data import text, video
 from storm_jax.data.conversation import Media, Turn
@@ -39,6 +38,7 @@ from tests.interop.processor_cases import (
 from tests.tiny import run_config
 
 pytest.importorskip("torch")
+Image = pytest.importorskip("PIL.Image")
 
 SIZE = 32
 CONFIGS = {
