@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from storm_jax.config import VISUAL, ModelConfig
 from storm_jax.interop.files import WeightsError
 from storm_jax.models.layers import Stack
 from storm_jax.models.storm import Params, StormModel
+from storm_jax.models.vit import normalise
 
 FRAMES = 5  # of the video that is sent through: the last pool of 2 or 4 frames is not full
 WORDS = 12  # of text on either side of it
@@ -223,11 +225,11 @@ def run_theirs(folder: Path, sent: Probe) -> Stages:
     watch(decoder.norm, "decoder norm")
 
     tokens = np.where(sent.tokens == VISUAL, model.config.video_token_id, sent.tokens)
-    frames = (2 * sent.frames.transpose(0, 3, 1, 2).astype(np.float32) - 255) * np.float32(1 / 255)
+    frames = np.asarray(normalise(jnp.asarray(sent.frames))).transpose(0, 3, 1, 2)
     with torch.no_grad():
         stages["logits"] = model(
             input_ids=torch.from_numpy(tokens[None].astype(np.int64)),
-            pixel_values_videos=torch.from_numpy(frames),
+            pixel_values_videos=torch.from_numpy(np.ascontiguousarray(frames)),
             frame_counts=torch.tensor([len(frames)]),
         ).logits.numpy()
     return stages
