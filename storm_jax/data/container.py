@@ -13,7 +13,7 @@ import os
 import time
 from collections import deque
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -61,9 +61,19 @@ class VideoReader:
     read from a stalled disk, nor the decoding of one single packet.
     """
 
-    def __init__(self, source: str | bytes, timeout: float | None = None):
-        """Opens `source`, a path or the file's bytes; all work must end in `timeout` seconds."""
-        self.path = source if isinstance(source, str) else f"<{len(source)} bytes>"
+    def __init__(
+        self, source: str | bytes | BinaryIO, timeout: float | None = None, name: str = ""
+    ):
+        """Opens `source`; all work must end in `timeout` seconds.
+
+        Args:
+          source: a path, the file's bytes, or a binary file that is open and seekable; it stays
+            open, and nobody else may move in it meanwhile.
+          name: what errors call it; by default its path, or what it is.
+        """
+        if isinstance(source, bytes):
+            name = name or f"<{len(source)} bytes>"
+        self.path = name or (source if isinstance(source, str) else "<open file>")
         self._source = source
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -154,8 +164,11 @@ class VideoReader:
                 raise self._error("is a folder, not a video file")
             # "file:" keeps a name such as "http:x" or "concat:x" from being taken as a protocol.
             source, empty = "file:" + self._source, _is_empty(self._source)
-        else:
+        elif isinstance(self._source, bytes):
             source, empty = io.BytesIO(self._source), not self._source
+        else:
+            source, empty = self._source, self._source.seek(0, os.SEEK_END) == 0
+            source.seek(0)
         if empty:
             raise self._error("is empty (0 bytes)")
         try:

@@ -21,7 +21,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import grain
@@ -31,9 +31,10 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from storm_jax.config import DataConfig, ModelConfig
 from storm_jax.data import video
+from storm_jax.data.load import Load, Stopwatch
 from storm_jax.data.packing import Limits, Row, RowBuilder, Sample, SampleError
 from storm_jax.data.packing import row_bytes as bytes_of_row
-from storm_jax.data.planning import EndlessPlan, Lengths, OrderedPlan, Plan, subset
+from storm_jax.data.planning import EndlessPlan, OrderedPlan, Plan, joined, subset
 from storm_jax.data.records import RecordError
 from storm_jax.data.sources import BadRecord, DataError, Source, open_sources
 
@@ -57,10 +58,12 @@ class BatchInfo:
     Attributes:
       rows: for each row of this process its samples; number s of a row is segment s in the arrays.
       errors: records of these rows that failed while they were loaded.
+      load: what loading them cost; not compared.
     """
 
     rows: tuple[tuple[SampleInfo, ...], ...]
     errors: tuple[BadRecord, ...]
+    load: Load = field(default=Load(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,12 @@ def train_batches(
     """
     share = _Share(batch, start_step, steps, process_index, process_count)
     sources = open_sources("train", data.train, data, model, tokenizer)
+    of_config = [
+        [source.lengths for source in sources if source.config == number]
+        for number in range(len(data.train))
+    ]
     plan = EndlessPlan(
-        [source.lengths for source in sources],
+        [joined(lengths) for lengths in of_config],
         [source.weight for source in data.train],
         Limits(data.sequence_length, data.row_frames),
         pack=data.pack,
@@ -178,10 +185,7 @@ def eval_batches(
     See `train_batches` for the other arguments and for errors.
     """
     sources = open_sources("eval", data.eval, data, model, tokenizer)
-    lengths = Lengths(
-        np.concatenate([source.lengths.tokens for source in sources]),
-        np.concatenate([source.lengths.frames for source in sources]),
-    )
+    lengths = joined([source.lengths for source in sources])
     chosen = subset(len(lengths), samples, data.seed)
     limits = Limits(data.sequence_length, data.row_frames)
     plan = OrderedPlan(chosen, lengths, limits, pack=data.pack)
@@ -224,6 +228,7 @@ class _RowInfo:
 
     samples: tuple[SampleInfo, ...]
     errors: tuple[BadRecord, ...]
+    load: Load
 
 
 class _Rows:
@@ -254,6 +259,7 @@ class _Rows:
         builder = RowBuilder(self._model, self._limits)
         samples: list[SampleInfo] = []
         errors: list[BadRecord] = []
+        watch, frames = Stopwatch(), 0
         for place, member in enumerate(members):
             following = members[place + 1 :]
             reserved = Limits(
@@ -262,13 +268,15 @@ class _Rows:
             source = int(np.searchsorted(self._ends, member, side="right"))
             info = SampleInfo(f"record {self._numbers[member]}", self._records[source].name, "")
             try:
-                record = self._records[source][int(self._numbers[member])]
+                records = self._records[source]
+                record = records[int(self._numbers[member])]
                 info = SampleInfo(record.id, record.source, record.task)
                 size, timeout = self._model.vit.image_size, self._data.decode_timeout
                 media = tuple(
-                    video.sample(medium, self._data.frames, size, timeout)[0]
+                    video.sample(records.opened(medium), self._data.frames, size, timeout)[0]
                     for medium in record.media
                 )
+                frames += sum(map(len, media))
                 text = self._caches[source].text(int(self._numbers[member]))
                 builder.add(Sample(text, media), reserved)
             except Exception as error:  # decoders have many: none may end a run that lasts weeks
@@ -277,7 +285,7 @@ class _Rows:
                 errors.append(BadRecord(info.source, info.id, reason))
             else:
                 samples.append(info)
-        return builder.row, _RowInfo(tuple(samples), tuple(errors))
+        return builder.row, _RowInfo(tuple(samples), tuple(errors), watch.load(frames))
 
 
 def _collate(rows: Sequence[tuple[Row, _RowInfo]]) -> Batch:
@@ -288,6 +296,7 @@ def _collate(rows: Sequence[tuple[Row, _RowInfo]]) -> Batch:
         BatchInfo(
             rows=tuple(info.samples for info in infos),
             errors=tuple(error for info in infos for error in info.errors),
+            load=sum((info.load for info in infos), Load()),
         ),
     )
 

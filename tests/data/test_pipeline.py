@@ -1,19 +1,19 @@
 """The whole data path on real files: mp4 and images on disk, to batches."""
 
 import dataclasses
-import fractions
 import json
 import os
 
-import av
 import numpy as np
 import pytest
 
 from storm_jax.config import VISUAL, DataConfig, FrameConfig, SourceConfig
 from storm_jax.data import pipeline, text, video
-from storm_jax.data.records import Media, RecordFile
+from storm_jax.data.formats.json_file import JsonFile
+from storm_jax.data.records import Media
 from storm_jax.data.sources import DataError
 from storm_jax.data.synthetic import write_video
+from tests.data.record_files import clip, make_set, record, write_image, write_records
 from tests.data.small_model import small_model
 
 MODEL = small_model(image_size=32, patch_size=16)  # 4 visual tokens for 2 frames
@@ -23,55 +23,6 @@ TOKENS = 160  # of a row
 @pytest.fixture(scope="module")
 def tokenizer():
     return text.load_tokenizer("bytes")
-
-
-def clip(count, seed):
-    rng = np.random.default_rng(seed)
-    still = rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    shades = np.arange(count)[:, None, None, None] * 9
-    return (still // 2 + shades).astype(np.uint8)
-
-
-def write_image(path, seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)
-    png = av.CodecContext.create("png", "w")
-    png.width = png.height = 32
-    png.pix_fmt, png.time_base = "rgb24", fractions.Fraction(1, 1)
-    packets = png.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")) + png.encode(None)
-    path.write_bytes(b"".join(bytes(packet) for packet in packets))
-
-
-def record(name, media, question, answer="yes"):
-    return {
-        "id": name,
-        "task": question[:3],
-        "media": [{"type": kind, "path": path} for kind, path in media],
-        "conversations": [
-            {"from": "human", "value": "".join(f"<{kind}>" for kind, _ in media) + question},
-            {"from": "gpt", "value": answer},
-        ],
-    }
-
-
-def write_records(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return SourceConfig(str(path))
-
-
-def make_set(folder, name, videos=12):
-    """`videos` videos of 2 to 8 frames, two records of two images, two of text alone."""
-    folder.mkdir(exist_ok=True)
-    records = []
-    for i in range(videos):
-        write_video(str(folder / f"{name}{i}.mp4"), clip(2 + i % 7, i))
-        records.append(record(f"{name}-v{i}", [("video", f"{name}{i}.mp4")], f"what is {i}?"))
-    for i in range(2):
-        for part in "ab":
-            write_image(folder / f"{name}{i}{part}.png", 100 + i)
-        images = [("image", f"{name}{i}{part}.png") for part in "ab"]
-        records.append(record(f"{name}-i{i}", images, f"same {i}?", "no"))
-        records.append(record(f"{name}-t{i}", [], f"hello {i}", "hi"))
-    return write_records(folder / f"{name}.jsonl", records)
 
 
 def data_config(*train, **changes):
@@ -300,7 +251,7 @@ def test_processes_must_divide_the_batch(tmp_path, tokenizer):
 def test_evaluation_sees_every_record_once_in_order(tmp_path, tokenizer, pack):
     data = data_config(make_set(tmp_path, "a"), make_set(tmp_path, "b", videos=3), pack=pack)
     expected = [
-        file[i].id for file in (RecordFile(s.path) for s in data.eval) for i in range(len(file))
+        file[i].id for file in (JsonFile(s.path) for s in data.eval) for i in range(len(file))
     ]
 
     def evaluate(index, count):
@@ -337,7 +288,7 @@ def test_evaluation_of_a_part(tmp_path, tokenizer):
         with pipeline.eval_batches(data, MODEL, tokenizer, batch=4, samples=6) as batches:
             return sum(ids(batches), [])
 
-    everything = [record.id for record in RecordFile(data.eval[0].path)]
+    everything = [record.id for record in JsonFile(data.eval[0].path)]
     chosen = names()
     assert len(chosen) == 6 and chosen == names()
     assert [name for name in everything if name in chosen] == chosen != everything[:6]
