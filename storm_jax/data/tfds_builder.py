@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from storm_jax.config import SourceConfig
 from storm_jax.data.convert import contents, fields, medium_fields
@@ -39,6 +40,8 @@ class LlavaVideo(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     name = "llava_video"
+    # TFDS 4.9.10 looks for it with importlib_resources, which it does not ask for when installed.
+    code_path = epath.Path(__file__)
     left_out: list[str]
 
     def __init__(self, data_dir: str, splits: Mapping[str, Sequence[Part]], with_media: bool):

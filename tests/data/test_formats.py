@@ -193,6 +193,7 @@ def test_records_are_equal(plain, made, kind):
         records[15]
 
 
+@pytest.mark.slow
 def test_workers_read_every_format(plain, made, tokenizer):
     """All formats in one mixture, in two worker processes, resumed in the middle."""
     sources = [plain, *map(made, FORMATS)]
@@ -212,7 +213,7 @@ def test_validate(made, capsys, kind):
 
 def test_long_videos_in_tars_are_not_read_as_a_whole(tmp_path, monkeypatch):
     """A frame at the front costs the header and that part of the file alone."""
-    clip = write(tmp_path / "v.mp4", 1500, size=(320, 240), options={"g": "30", "crf": "1"})
+    clip = write(tmp_path / "v.mp4", 400, size=(160, 120), options={"g": "30", "crf": "1"})
     write_records(tmp_path / "s.jsonl", [record("v", [("video", "v.mp4")], "?")])
     source = SourceConfig(str(tmp_path / "s.jsonl"))
     convert.write_shards(
@@ -322,18 +323,11 @@ def test_samples_of_webdatasets(tmp_path):
     assert found == [
         ("d/0", [("video", b"zero")]),
         ("one", [("image", b"one")]),
+        ("d/2", [("video", b"zero")]),
         ("d/3", [("image", b"three"), ("video", b"four")]),
+        ("d/4", [("video", "/root/elsewhere/z.avi")]),
         ("d/5", [("video", b"five")]),
-    ] or sorted(found) == sorted(
-        [
-            ("d/0", [("video", b"zero")]),
-            ("one", [("image", b"one")]),
-            ("d/2", [("video", b"zero")]),
-            ("d/3", [("image", b"three"), ("video", b"four")]),
-            ("d/4", [("video", "/root/elsewhere/z.avi")]),
-            ("d/5", [("video", b"five")]),
-        ]
-    )
+    ]
 
 
 # ------------------------------------------------------------------------------------- the mixture

@@ -215,16 +215,24 @@ def _index(file: str) -> _Index:
 def _scan(file: str) -> _Index:
     try:
         with tarfile.open(file, "r:") as tar:
-            members = [m for m in tar if m.isfile()]
-            end = max((m.offset_data + m.size for m in members), default=0)
+            every = list(tar)
+        with open(file, "rb") as raw:
+            # tarfile takes a header that is cut off for the end.
+            last = max((m.offset_data + (m.size if m.isreg() else 0) for m in every), default=0)
+            raw.seek(-(-last // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+            closed = raw.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (OSError, tarfile.TarError) as error:
         compressed = file.endswith(("gz", "bz2", "xz", "zst"))
         remedy = "decompress it: a compressed tar cannot be read at random" if compressed else ""
         raise RecordError(
             f"{file}: not a complete tar: {error}; {remedy or 'copy the file again'}"
         ) from error
-    if end > os.path.getsize(file):
-        raise RecordError(f"{file}: not a complete tar: it ends before its last member does")
+    if not closed:
+        raise RecordError(
+            f"{file}: not a complete tar: no empty block closes it, so it was cut off behind"
+            f" member {len(every)}; copy the file again"
+        )
+    members = [member for member in every if member.isreg()]
     samples: dict[str, list[int]] = {}
     for number, member in enumerate(members):
         if member.name.endswith(".json") or _kind(member.name) is not None:
