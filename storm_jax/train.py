@@ -21,6 +21,7 @@ from storm_jax import checkpoint
 from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import pipeline
+from storm_jax.data.load import LoadMeter
 from storm_jax.data.records import RecordError
 from storm_jax.data.sources import BadRecord, DataError, open_sources
 from storm_jax.data.text import TokenizerError, load_tokenizer, vocabulary_needed
@@ -30,6 +31,7 @@ from storm_jax.metrics import MetricWriter, Progress, require_finite
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
 from storm_jax.parallel import sharding
 from storm_jax.parallel.mesh import make_mesh
+from storm_jax.parallel.rows import row_share
 from storm_jax.training.evaluate import Score, evaluate
 from storm_jax.training.optim import make_optimizer, trainable_parts
 from storm_jax.training.state import TrainState, abstract_state, init_state
@@ -85,6 +87,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
     _check_vocabulary(config, vocabulary_needed(tokenizer, config.data.chat_template))
     if jax.process_index() == 0:
         save_tokenizer(tokenizer, workdir / "tokenizer")
+    share = row_share(sharding.named(("batch",), (config.train.batch,), mesh), config.train.batch)
     batches = pipeline.train_batches(
         config.data,
         config.model,
@@ -92,8 +95,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
         batch=config.train.batch,
         steps=config.train.steps,
         start_step=start_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        share_index=share.index,
+        share_count=share.count,
     )
     bad_log = _BadRecords(workdir, config.data.max_bad_fraction)
     bad_log.log(batches.known_bad)  # `train_batches` has judged their share
@@ -125,6 +128,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
         start_step, config.train.steps, None if peak is None else peak * jax.local_device_count()
     )
     writer = MetricWriter(workdir, start_step)
+    load = LoadMeter()
     scores: dict[str, Score] = {}
 
     def score(step: int) -> dict[str, Score]:
@@ -134,8 +138,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
             tokenizer,
             batch=config.train.batch,
             samples=config.train.eval_samples,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            share_index=share.index,
+            share_count=share.count,
         )
         bad_log.log(held_out.known_bad)
 
@@ -156,6 +160,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
             batch = next(iterator)
             waited = time.perf_counter() - began
             bad_log.add(batch.info)
+            load.add(batch.info.load)
             if step == start_step + 1:
                 _say("compiling the training step")
             state, metrics = train_step(state, place(batch.arrays))
@@ -164,7 +169,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
                 _say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
             # The numbers of a step are fetched while the next one runs.
             if pending is not None:
-                _report(*pending, progress, writer, bad_log, config.train.log_every)
+                _report(*pending, progress, load, writer, bad_log, config.train.log_every)
             work = Work.of(batch.arrays)
             flops = training_flops(config.model, work, parts)
             pending = (step, metrics, work, flops, waited)
@@ -173,7 +178,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
             if evaluates and config.train.eval_every and step % config.train.eval_every == 0:
                 scores = score(step)
         if pending is not None:
-            _report(*pending, progress, writer, bad_log, 1)
+            _report(*pending, progress, load, writer, bad_log, 1)
         progress.close()
         if evaluates:
             _say(f"evaluating on {config.train.eval_samples} held-out records")
@@ -189,13 +194,14 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
 # ------------------------------------------------------------------------------------- parts of it
 
 
-def _report(step, metrics, work, flops, waited, progress, writer, bad_log, every) -> None:
+def _report(step, metrics, work, flops, waited, progress, load, writer, bad_log, every) -> None:
     progress.add(work.tokens, work.frames, flops, waited)
     values = {name: float(value) for name, value in metrics.items()}
     require_finite(step, values)
     if step % every:
         return
     values.update(progress.rates())
+    values.update(load.rates())
     values["bad_records"] = bad_log.count
     writer.write(step, values)
     progress.show(values)

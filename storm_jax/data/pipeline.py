@@ -4,8 +4,10 @@
     row i ──▶ read, decode, lay out ──▶ local batch = rows p, p + P, p + 2P, ... of the global one
 
 The position in the data is the step alone: step s of a run is made of the rows s * batch to
-(s + 1) * batch of the plan, of which process p of P loads each P-th from p on. So a run resumes
-with `start_step`, on any number of processes and workers, with the same global batches, and every
+(s + 1) * batch of the plan, of which share p of P are each P-th from p on. A process loads one
+share: its own where all processes hold other rows, and one together with others where a model axis
+of the mesh runs through several of them (`parallel.rows.row_share`). So a run resumes with
+`start_step`, on any number of processes and workers, with the same global batches, and every
 process sees the same number of them. None of Grain's own state is kept: it depends on the number
 of workers and processes.
 
@@ -136,20 +138,21 @@ def train_batches(
     batch: int,
     steps: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    share_index: int = 0,
+    share_count: int = 1,
 ) -> Batches:
     """Shuffled batches of the mixture `data.train`, for the steps from `start_step` to `steps`.
 
     Args:
       tokenizer: from `text.load_tokenizer(data.tokenizer)`.
-      batch: rows of the global batch; this process gets batch / process_count of them.
+      batch: rows of the global batch; this process gets batch / share_count of them.
+      share_index, share_count: which share of the rows this process loads, of how many.
 
     Raises:
       RecordError, DataError: see `sources.open_sources`.
-      ValueError: the processes do not divide the batch, or the weights make no mixture.
+      ValueError: the shares do not divide the batch, or the weights make no mixture.
     """
-    share = _Share(batch, start_step, steps, process_index, process_count)
+    share = _Share(batch, start_step, steps, share_index, share_count)
     sources = open_sources("train", data.train, data, model, tokenizer)
     of_config = [
         [source.lengths for source in sources if source.config == number]
@@ -174,8 +177,8 @@ def eval_batches(
     *,
     batch: int,
     samples: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share_index: int = 0,
+    share_count: int = 1,
 ) -> Batches:
     """Each record of `data.eval` once, in order; empty rows fill up the last batch.
 
@@ -190,7 +193,7 @@ def eval_batches(
     limits = Limits(data.sequence_length, data.row_frames)
     plan = OrderedPlan(chosen, lengths, limits, pack=data.pack)
     steps = -(-plan.rows // batch)
-    share = _Share(batch, 0, steps, process_index, process_count)
+    share = _Share(batch, 0, steps, share_index, share_count)
     dataset = _dataset(_Rows(sources, plan, data, model, share), data, model, share)
     return Batches(dataset, steps, sources)
 
@@ -201,16 +204,16 @@ def eval_batches(
 class _Share:
     """The rows of a run that one process loads."""
 
-    def __init__(self, batch: int, start: int, stop: int, process_index: int, process_count: int):
-        if batch % process_count:
+    def __init__(self, batch: int, start: int, stop: int, share_index: int, share_count: int):
+        if batch % share_count:
             raise ValueError(
-                f"a batch of {batch} rows cannot be shared by {process_count} processes"
+                f"a batch of {batch} rows cannot be cut into {share_count} equal shares"
             )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index} of {process_count} processes")
-        self.local = batch // process_count
+        if not 0 <= share_index < share_count:
+            raise ValueError(f"share_index={share_index} of {share_count} shares")
+        self.local = batch // share_count
         self._batch, self._start, self._stop = batch, start, stop
-        self._process_index, self._process_count = process_index, process_count
+        self._index, self._count = share_index, share_count
 
     def __len__(self) -> int:
         return max(0, self._stop - self._start) * self.local
@@ -219,7 +222,7 @@ class _Share:
         """Number in the plan of the process's row `number`."""
         step, place = divmod(number, self.local)
         first = (self._start + step) * self._batch
-        return first + self._process_index + place * self._process_count
+        return first + self._index + place * self._count
 
 
 @dataclass(frozen=True)

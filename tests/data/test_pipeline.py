@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from storm_jax.config import VISUAL, DataConfig, FrameConfig, SourceConfig
 from storm_jax.data import pipeline, text, video
 from storm_jax.data.formats.json_file import JsonFile
+from storm_jax.data.load import LoadMeter
 from storm_jax.data.records import Media
 from storm_jax.data.sources import DataError
 from storm_jax.data.synthetic import write_video
@@ -186,7 +188,7 @@ def test_any_number_of_processes_sees_the_same_global_batches(tmp_path, tokenize
     for count in (2, 4):
         shares, every = zip(
             *(
-                train(data, tokenizer, batch=4, steps=5, process_index=i, process_count=count)
+                train(data, tokenizer, batch=4, steps=5, share_index=i, share_count=count)
                 for i in range(count)
             ),
             strict=True,
@@ -204,7 +206,7 @@ def test_resumed_stream_is_the_tail_of_the_whole(tmp_path, tokenizer):
         assert_equal(tail, whole[start:])
         assert batches.steps == 0
     two = [
-        train(data, tokenizer, steps=9, start_step=4, process_index=i, process_count=2)[0]
+        train(data, tokenizer, steps=9, start_step=4, share_index=i, share_count=2)[0]
         for i in range(2)
     ]
     assert_equal(interleave(two), whole[4:])
@@ -238,10 +240,10 @@ def test_a_changed_data_set_has_another_fingerprint(tmp_path, tokenizer):
 
 def test_processes_must_divide_the_batch(tmp_path, tokenizer):
     data = data_config(make_set(tmp_path, "a", videos=1))
-    with pytest.raises(ValueError, match="a batch of 4 rows cannot be shared by 3 processes"):
-        train(data, tokenizer, batch=4, process_count=3)
-    with pytest.raises(ValueError, match="process_index=2 of 2 processes"):
-        train(data, tokenizer, batch=4, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="a batch of 4 rows cannot be cut into 3 equal shares"):
+        train(data, tokenizer, batch=4, share_count=3)
+    with pytest.raises(ValueError, match="share_index=2 of 2 shares"):
+        train(data, tokenizer, batch=4, share_index=2, share_count=2)
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -261,8 +263,8 @@ def test_evaluation_sees_every_record_once_in_order(tmp_path, tokenizer, pack):
             tokenizer,
             batch=4,
             samples=100,
-            process_index=index,
-            process_count=count,
+            share_index=index,
+            share_count=count,
         ) as batches:
             assert batches.steps > 0
             got = list(batches)
@@ -486,3 +488,61 @@ def test_configuration_is_that_of_the_run(tmp_path, tokenizer):
         (batch,) = list(batches)
     assert batch.arrays["frames"].shape == (2, 9, 48, 48, 3)
     assert batch.arrays["tokens"].shape == (2, 300)
+
+
+# ------------------------------------------------------------------------------ what loading costs
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_process_decodes_its_own_rows_alone(tmp_path, tokenizer, monkeypatch, count):
+    data = data_config(make_set(tmp_path, "a"))
+    decoded = []
+    real = video.sample
+
+    def counting(medium, *arguments):
+        decoded.append(os.path.basename(medium.path))
+        return real(medium, *arguments)
+
+    monkeypatch.setattr(video, "sample", counting)
+    of_share = []
+    for index in range(count):
+        got, _ = train(data, tokenizer, steps=5, share_index=index, share_count=count)
+        shown = [info.id for batch in got for row in batch.info.rows for info in row]
+        media = {r["id"]: r["media"] for r in map(json.loads, open(data.train[0].path))}
+        assert sorted(decoded) == sorted(m["path"] for name in shown for m in media[name])
+        of_share.append(len(decoded))
+        decoded.clear()
+    got, _ = train(data, tokenizer, steps=5)
+    assert sum(of_share) == len(decoded) > 20 and max(of_share) < len(decoded) or count == 1
+
+
+def test_load_of_a_batch(tmp_path, tokenizer):
+    """Frames are counted, and time is that of the threads that loaded them."""
+    data = data_config(make_set(tmp_path, "a"))
+    meter = LoadMeter()
+    frames = 0
+    for batch in train(data, tokenizer, steps=4)[0]:
+        meter.add(batch.info.load)
+        frames += (batch.arrays["frame_segments"] >= 0).sum()
+        assert 0 < batch.info.load.cpu_seconds <= 1.01 * batch.info.load.seconds + 0.01
+    total = meter._sum
+    assert total.frames == frames > 50
+    rates = meter.rates()
+    assert rates["decode_frames_per_core_second"] == total.frames / total.cpu_seconds
+    assert 0 <= rates["decode_wait_share"] < 1 and rates["decode_cores"] > 0
+    assert meter.rates() == {}  # nothing since
+
+
+def test_waiting_is_not_decoding(tmp_path, tokenizer, monkeypatch):
+    """A slow disk shows in the share that was waited, not in what a core can do."""
+    data = data_config(make_set(tmp_path, "a"), pack=False)
+    real = video.sample
+
+    def slow(*arguments):
+        time.sleep(0.2)
+        return real(*arguments)
+
+    monkeypatch.setattr(video, "sample", slow)
+    (batch,), _ = train(data, tokenizer, batch=2, steps=1)
+    load = batch.info.load
+    assert load.seconds > 0.2 and load.cpu_seconds < load.seconds / 2
