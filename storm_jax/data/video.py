@@ -23,9 +23,8 @@ from typing import BinaryIO, Literal
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
-from storm_jax.data.container import MediaError, VideoReader, to_rgb
+from storm_jax.data.container import MediaError, ToRgb, VideoReader
 from storm_jax.data.conversation import Media
 from storm_jax.frames import FrameConfig
 
@@ -200,11 +199,11 @@ def sample_images(images: Sequence[np.ndarray], frames: FrameConfig, size: int) 
     clip = "frames in memory", float(len(images)), 1.0, len(images)
     times = _times(clip, (None, None), frames.max_frames, 0.0)
     picks = [math.ceil(t - 0.5) for t in times]
-    reformatter = VideoReformatter()
+    to_rgb = ToRgb(size)
 
     def scaled(image: np.ndarray) -> np.ndarray:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        return to_rgb(frame, size, reformatter)
+        return to_rgb(frame)
 
     return np.stack([scaled(images[i]) for i in picks])
 
@@ -300,7 +299,7 @@ def _image_frame(path: str, data: bytes | BinaryIO | None) -> av.VideoFrame:
 
 def _image(path: str, size: int, data: bytes | BinaryIO | None = None) -> np.ndarray:
     """An image file, read from `path` unless `data` holds it, as uint8 [size, size, 3]."""
-    return to_rgb(_image_frame(path, data), size, VideoReformatter())
+    return ToRgb(size)(_image_frame(path, data))
 
 
 def _rotation(frame: av.VideoFrame) -> int:
