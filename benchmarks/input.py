@@ -101,6 +101,7 @@ def measure(video: Video, folder: Path, workers: int, batches: int) -> dict[str,
         tokenizer="bytes",
         workers=workers,
         prefetch_megabytes=1024,
+        decode_timeout=600.0,  # a busy machine is slow, not the file
     )
     tokenizer = text.load_tokenizer("bytes")
     peak = PeakMemory()

@@ -205,7 +205,8 @@ def test_workers_read_every_format(plain, made, tokenizer):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_validate(made, capsys, kind):
     source = made(kind)
-    assert validate.main([source.path, f"--media_root={source.media_root}"]) == 0
+    arguments = [source.path, f"--media_root={source.media_root}", "--decode"]
+    assert validate.main(arguments) == 0
     out = capsys.readouterr().out
     assert "15 records, 0 bad" in out
     assert "video 10, image 4" in out or "video 11, image 4" in out  # a copy for each record
@@ -213,7 +214,7 @@ def test_validate(made, capsys, kind):
 
 def test_long_videos_in_tars_are_not_read_as_a_whole(tmp_path, monkeypatch):
     """A frame at the front costs the header and that part of the file alone."""
-    clip = write(tmp_path / "v.mp4", 400, size=(160, 120), options={"g": "30", "crf": "1"})
+    clip = write(tmp_path / "v.mp4", 150, size=(320, 240), options={"g": "10", "qp": "1"})
     write_records(tmp_path / "s.jsonl", [record("v", [("video", "v.mp4")], "?")])
     source = SourceConfig(str(tmp_path / "s.jsonl"))
     convert.write_shards(
@@ -231,9 +232,9 @@ def test_long_videos_in_tars_are_not_read_as_a_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(tar._Member, "readinto", counting)
     found = video.probe(medium.path, "video", medium.data)
     assert found == video.probe(str(clip))
-    early = dataclasses.replace(medium, end=1.0)
+    early = dataclasses.replace(medium, end=0.5)
     frames, times = video.sample(early, FrameConfig(max_frames=4), 32)
-    expected = video.sample(Media("video", str(clip), None, 1.0), FrameConfig(max_frames=4), 32)
+    expected = video.sample(Media("video", str(clip), None, 0.5), FrameConfig(max_frames=4), 32)
     np.testing.assert_array_equal(frames, expected[0])
     np.testing.assert_array_equal(times, expected[1])
     assert 0 < sum(read) < clip.stat().st_size // 4
@@ -328,6 +329,36 @@ def test_samples_of_webdatasets(tmp_path):
         ("d/4", [("video", "/root/elsewhere/z.avi")]),
         ("d/5", [("video", b"five")]),
     ]
+
+
+def test_chat_messages_in_parquet(tmp_path):
+    """Contents deep inside a column, a column of bytes alone, and a list of them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def chat(data, path):
+        parts = [
+            {"type": "image", "text": None, "image": {"bytes": data, "path": path}},
+            {"type": "text", "text": "What?", "image": None},
+        ]
+        answer = [{"type": "text", "text": "A cat.", "image": None}]
+        return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+
+    def opened(table):
+        path = str(tmp_path / "x.parquet")
+        parquet.write_table(table, path)
+        (part,) = open_records(SourceConfig(path, "/root"))
+        media = [[part.records.opened(m) for m in part.records[i].media] for i in range(2)]
+        return [[m.data or m.path for m in its] for its in media]
+
+    table = pyarrow.table({"messages": [chat(b"one", "1.jpg"), chat(None, "2.jpg")]})
+    assert opened(table) == [[b"one"], ["/root/2.jpg"]]
+    turns = record("", [], "<video> <image> <image>?")["conversations"]
+    told = [turns, record("", [], "<image>?")["conversations"]]
+    table = pyarrow.table(
+        {"conversations": told, "video": [b"v", None], "images": [[b"a", b"b"], [b"c"]]}
+    )
+    assert opened(table) == [[b"v", b"a", b"b"], [b"c"]]
 
 
 # ------------------------------------------------------------------------------------- the mixture

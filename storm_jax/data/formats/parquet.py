@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 _CONVERSATIONS = ("conversations", "messages", "captions")  # one of them must be there
+_JSON = ("conversations", "messages")  # may be text
 _KEPT = 4  # row groups of text that a process keeps
 
 
@@ -66,9 +67,9 @@ class ParquetFiles(EmbeddedSet):
         group = int(np.searchsorted(self._groups[shard], local, side="right")) - 1
         row = local - int(self._groups[shard][group])
         raw = self._row(shard, group, row, contents)
-        for column in self._binary[shard]:
-            raw[column] = _bytes_apart(raw[column])
-        for column in _CONVERSATIONS:
+        for path in self._binary[shard]:
+            raw = _marked(raw, path)
+        for column in _JSON:
             if isinstance(raw.get(column), str):
                 try:
                     raw[column] = json.loads(raw[column])
@@ -114,32 +115,36 @@ class ParquetFiles(EmbeddedSet):
         return handle
 
 
-def _leaves(schema: Any) -> tuple[list[str], list[str]]:
-    """What is read of a record before its media are, and which columns hold files' bytes.
+def _leaves(schema: Any) -> tuple[list[str], list[list[str]]]:
+    """What is read of a record before its media are, and where files' bytes stand.
 
     Returns:
-      paths of leaves: all but the bytes, and these as well where nothing else in their column says
-      for which records there are any; and names of columns.
+      paths of leaves: all but bytes beside which a path says for which records there are any; and
+      the paths of all bytes, in parts.
     """
-    bytes_of: dict[str, list[str]] = {}
-    leaves = []
-    for i in range(len(schema)):
-        leaf = schema.column(i)
-        if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE":
-            bytes_of.setdefault(leaf.path.split(".")[0], []).append(leaf.path)
-        else:
-            leaves.append(leaf.path)
-    known = {leaf.split(".")[0] for leaf in leaves}
-    for column, paths in bytes_of.items():
-        if column not in known:
-            leaves += paths
-    return leaves, list(bytes_of)
+    columns = [schema.column(i) for i in range(len(schema))]
+    binary = {
+        column.path
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE"
+    }
+    every = [column.path for column in columns]
+    later = {leaf for leaf in binary if leaf.removesuffix("bytes") + "path" in every}
+    return [leaf for leaf in every if leaf not in later], [leaf.split(".") for leaf in binary]
 
 
-def _bytes_apart(value: Any) -> Any:
-    """A value of a column with bytes, in the form that `EmbeddedSet` looks for."""
+def _marked(value: Any, path: list[str]) -> Any:
+    """A value with the bytes below it in the form that `EmbeddedSet` looks for.
+
+    Args:
+      path: of the bytes, from here on; a list takes two names of it.
+    """
+    if isinstance(value, bytes):
+        return {"bytes": value}
     if isinstance(value, list):
-        return [_bytes_apart(item) for item in value]
-    if isinstance(value, dict):
+        return [_marked(item, path[2:]) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if path == ["bytes"]:
         return {"bytes": LATER, **value}
-    return None if value is None else {"bytes": value}
+    return {key: _marked(item, path[1:]) if key == path[0] else item for key, item in value.items()}
