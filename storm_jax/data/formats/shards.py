@@ -123,8 +123,8 @@ def _detach(value: Any, name: str, found: dict[str, tuple[Any, str]]) -> Any:
         return value
     if "bytes" not in value:
         return {key: _detach(item, name, found) for key, item in value.items()}
-    inside = f"{name}/{len(found)}"
     path = value.get("path") or ""
+    inside = f"{name}/{len(found)}{os.path.splitext(path)[1]}"
     found[inside] = value["bytes"], path
     rest = {key: item for key, item in value.items() if key != "bytes"}
     rest["path"] = inside if value["bytes"] is not None or not path else path
