@@ -31,7 +31,6 @@ from storm_jax.metrics import MetricWriter, Progress, require_finite
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
 from storm_jax.parallel import sharding
 from storm_jax.parallel.mesh import make_mesh
-from storm_jax.parallel.rows import row_share
 from storm_jax.training.evaluate import Score, evaluate
 from storm_jax.training.optim import make_optimizer, trainable_parts
 from storm_jax.training.state import TrainState, abstract_state, init_state
@@ -87,7 +86,6 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
     _check_vocabulary(config, vocabulary_needed(tokenizer, config.data.chat_template))
     if jax.process_index() == 0:
         save_tokenizer(tokenizer, workdir / "tokenizer")
-    share = row_share(sharding.named(("batch",), (config.train.batch,), mesh), config.train.batch)
     batches = pipeline.train_batches(
         config.data,
         config.model,
@@ -95,8 +93,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
         batch=config.train.batch,
         steps=config.train.steps,
         start_step=start_step,
-        share_index=share.index,
-        share_count=share.count,
+        share_index=jax.process_index(),
+        share_count=jax.process_count(),
     )
     bad_log = _BadRecords(workdir, config.data.max_bad_fraction)
     bad_log.log(batches.known_bad)  # `train_batches` has judged their share
@@ -138,8 +136,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
             tokenizer,
             batch=config.train.batch,
             samples=config.train.eval_samples,
-            share_index=share.index,
-            share_count=share.count,
+            share_index=jax.process_index(),
+            share_count=jax.process_count(),
         )
         bad_log.log(held_out.known_bad)
 

@@ -5,11 +5,11 @@
 
 The position in the data is the step alone: step s of a run is made of the rows s * batch to
 (s + 1) * batch of the plan, of which share p of P are each P-th from p on. A process loads one
-share: its own where all processes hold other rows, and one together with others where a model axis
-of the mesh runs through several of them (`parallel.rows.row_share`). So a run resumes with
-`start_step`, on any number of processes and workers, with the same global batches, and every
-process sees the same number of them. None of Grain's own state is kept: it depends on the number
-of workers and processes.
+share: the rows that its devices hold. Where a model axis of the mesh runs through several
+processes, these hold the same rows and load the same share. So a run resumes with `start_step`, on
+any number of processes and workers, with the same global batches, and every process sees the same
+number of them. None of Grain's own state is kept: it depends on the number of workers and
+processes.
 
 A record that fails is never raised and never moves another one: its row keeps its place and lacks
 that sample, and the failure is in `BatchInfo.errors`. What is known to fail before anything is
