@@ -165,7 +165,10 @@ def run(name: str, size: str) -> ConfigDict:
     c.train.optimizer.weight_decay = 0.0  # as VILA
     c.train.optimizer.clip_norm = 1.0
     c.train.z_loss = 0.0 if tiny else 1e-4
-    c.train.remat = "none" if tiny else "full"
+    remat = "none" if tiny else "full"
+    c.train.remat = ConfigDict(dict(vit=remat, temporal=remat, decoder=remat))
+    c.train.remat.saved = ("attention",)  # what "names" keeps and "offload" moves to the host
+    c.train.remat.vit_calls = not tiny
     c.train.checkpoint = ConfigDict(dict(every=200 if tiny else 500, keep=3))
     c.train.log_every = 10
     c.train.eval_every = 0  # at the end

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.config import VitConfig
-from storm_jax.models.attention import attention
-from storm_jax.models.layers import LayerNorm, Linear, Stack, parameter
+from storm_jax.models.attention import self_attention
+from storm_jax.models.layers import LayerNorm, Linear, Remat, Stack, parameter
 from storm_jax.parallel.sharding import reshape, shard
 
 
@@ -31,9 +32,11 @@ class VitBlock(nnx.Module):
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         h = self.norm1(x_BND)
-        h = attention(self.query(h), self.key(h), self.value(h), scale=self.scale)
+        q, k, v = self.query(h), self.key(h), self.value(h)
+        h = self_attention(q, k, v, causal=False, scale=self.scale)
         x_BND = x_BND + self.out(h)
-        return x_BND + self.down(jax.nn.gelu(self.up(self.norm2(x_BND)), approximate=True))
+        h = checkpoint_name(self.up(self.norm2(x_BND)), "mlp")
+        return x_BND + self.down(jax.nn.gelu(h, approximate=True))
 
 
 class Vit(nnx.Module):
@@ -51,13 +54,21 @@ class Vit(nnx.Module):
         self.blocks = Stack(lambda r: VitBlock(config, r), used, rngs=rngs)
         self.norm = LayerNorm(config.width, config.norm_eps) if config.output_layer == -1 else None
 
-    def __call__(self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: str = "none") -> jax.Array:
+    def __call__(
+        self,
+        frames_BFHWC: jax.Array,
+        dtype: jnp.dtype,
+        remat: Remat = Remat(),
+        remat_calls: bool = False,
+    ) -> jax.Array:
         """Encodes frames, `frames_per_call` of each row at a time.
 
         Args:
           frames_BFHWC: uint8 [B, F, image_size, image_size, 3].
           dtype: of the computation and the result.
-          remat: what the backward pass recomputes, see `Stack.scan`.
+          remat: what the backward pass recomputes of each layer.
+          remat_calls: the backward pass runs each call forward again, and so holds the activations
+            of one call at a time.
 
         Returns:
           Patch features [B, F, N, D_v], N = grid^2, row by row.
@@ -77,13 +88,13 @@ class Vit(nnx.Module):
         def encode(state, frames):
             return nnx.merge(graph, state)._encode(frames, dtype, remat)
 
-        if remat != "none":  # the backward pass holds one share's activations at a time
+        if remat_calls:
             encode = jax.checkpoint(encode, prevent_cse=False)
         features = jax.lax.map(lambda x: encode(state, x), jnp.moveaxis(frames, 1, 0))
         features = jnp.moveaxis(features, 0, 1)
         return reshape(features, B, calls * share, *features.shape[3:])[:, :F]
 
-    def _encode(self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: str) -> jax.Array:
+    def _encode(self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: Remat) -> jax.Array:
         B, F = frames_BFHWC.shape[:2]
         grid, patch = self.config.grid, self.config.patch_size
         side = grid * patch  # a remainder of pixels is not seen: 384 = 27 * 14 + 6
