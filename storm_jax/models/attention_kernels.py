@@ -1,10 +1,9 @@
 """What computes attention on one device: cuDNN on NVIDIA GPUs, splash on TPUs, XLA for the rest.
 
-| | serves | packed rows |
-|---|---|---|
-| cuDNN, through `jax.nn.dot_product_attention` | bfloat16 and float16, head dims that are multiples of 8 and at most 128 (256 from Hopper on), no soft cap | a row of one segment is causal; other rows get a mask, which costs memory [B, S, S] |
-| splash, from JAX's Pallas operations | everything | segment ids, blocks that nobody sees are skipped within the causal triangle and the window |
-| XLA | everything | queries go in chunks, so memory is [B, H, chunk, S] |
+cuDNN, through `jax.nn.dot_product_attention`, serves bfloat16 and float16 and head dims that are
+multiples of 8, and no soft cap. A row of one segment is causal; packed rows get a mask, which costs
+memory [B, S, S]. Splash, of JAX's Pallas operations, serves everything and takes segment ids. XLA
+serves everything; queries go in chunks, so its memory is [B, H, chunk, S].
 
 Axis letters: B batch, S queries, T keys, H heads, K key-value heads, C head dim.
 """
@@ -167,7 +166,7 @@ def _splash_kernel(S: int, heads: int, causal: bool, window: int, softcap: float
     )
 
 
-# ------------------------------------------------------------------------------ any platform, by XLA
+# --------------------------------------------------------------------------- any platform, by XLA
 
 
 def xla_attention(q_BSHC, k_BSKC, v_BSKC, segments_BS, pattern: Pattern) -> jax.Array:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from storm_jax.config import DecoderConfig
 from storm_jax.models.attention import cached_attention, self_attention
 from storm_jax.models.layers import (
+    KEEP_ALL,
     Embedding,
     Head,
     Linear,
@@ -154,7 +155,7 @@ class Decoder(nnx.Module):
         positions_BS: jax.Array,
         segments_BS: jax.Array | None = None,
         cache: Cache | None = None,
-        remat: Remat = Remat(),
+        remat: Remat = KEEP_ALL,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs all layers.
 

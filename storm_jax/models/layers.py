@@ -204,6 +204,9 @@ class Remat(NamedTuple):
         return jax.checkpoint(f, policy=policy, prevent_cse=False)
 
 
+KEEP_ALL = Remat()
+
+
 class Stack(nnx.Module):
     """`count` modules of one kind; their parameters carry a leading "layers" axis."""
 
@@ -212,7 +215,7 @@ class Stack(nnx.Module):
         self.layers = jax.vmap(lambda key: build(nnx.Rngs(key)))(keys)
         self.count = count
 
-    def scan(self, body: Callable, x, xs=None, *, remat: Remat = Remat()):
+    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL):
         """Runs `x, y = body(module, x, xs[i])` for every module in order.
 
         Args:

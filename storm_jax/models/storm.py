@@ -19,6 +19,7 @@ from storm_jax.parallel import sharding
 from storm_jax.parallel.sharding import Axes
 
 Params = dict[str, Any]  # nested, arrays at the leaves; the first level is one of PARTS
+_KEEP_ALL = RematConfig()
 PARTS = ("vit", "projector", "temporal", "decoder")
 
 
@@ -45,7 +46,7 @@ class Storm(nnx.Module):
         frame_segments_BF: jax.Array,
         frame_groups_BF: jax.Array,
         groups: int,
-        remat: RematConfig = RematConfig(),
+        remat: RematConfig = _KEEP_ALL,
     ) -> jax.Array:
         """The visual tokens that the decoder sees.
 
@@ -87,9 +88,7 @@ class Storm(nnx.Module):
         merge = sharding.per_device(merge, (axes, axes, ("batch", None)), axes)
         return merge(text, visual_BVD, tokens_BS)
 
-    def __call__(
-        self, batch: dict[str, jax.Array], remat: RematConfig = RematConfig()
-    ) -> jax.Array:
+    def __call__(self, batch: dict[str, jax.Array], remat: RematConfig = _KEEP_ALL) -> jax.Array:
         """Final hidden states of a packed batch (`data.packing` has the layout), [B, S, D]."""
         S, F = batch["tokens"].shape[1], batch["frames"].shape[1]
         visual = None

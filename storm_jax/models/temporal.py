@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.config import TemporalConfig
-from storm_jax.models.layers import LayerNorm, Linear, Remat, Stack, parameter
+from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Remat, Stack, parameter
 from storm_jax.parallel import sharding
 from storm_kernels.causal_conv1d import causal_conv1d
 from storm_kernels.selective_scan import Layout, preferred_layout, selective_scan
@@ -130,7 +130,7 @@ class TemporalEncoder(nnx.Module):
         self.blocks = Stack(lambda r: MambaLayer(config, width, r), config.layers, rngs=rngs)
 
     def __call__(
-        self, x_BFND: jax.Array, frame_segments_BF: jax.Array, remat: Remat = Remat()
+        self, x_BFND: jax.Array, frame_segments_BF: jax.Array, remat: Remat = KEEP_ALL
     ) -> jax.Array:
         """Args:
           x_BFND: tokens of every frame.

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.config import VitConfig
 from storm_jax.models.attention import self_attention
-from storm_jax.models.layers import LayerNorm, Linear, Remat, Stack, parameter
+from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Remat, Stack, parameter
 from storm_jax.parallel.sharding import reshape, shard
 
 
@@ -58,7 +58,7 @@ class Vit(nnx.Module):
         self,
         frames_BFHWC: jax.Array,
         dtype: jnp.dtype,
-        remat: Remat = Remat(),
+        remat: Remat = KEEP_ALL,
         remat_calls: bool = False,
     ) -> jax.Array:
         """Encodes frames, `frames_per_call` of each row at a time.
