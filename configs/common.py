@@ -162,6 +162,7 @@ def run(name: str, size: str) -> ConfigDict:
     c.train.optimizer.beta1 = 0.9
     c.train.optimizer.beta2 = 0.999
     c.train.optimizer.eps = 1e-8
+    c.train.optimizer.first_moment = "float32"
     c.train.optimizer.weight_decay = 0.0  # as VILA
     c.train.optimizer.clip_norm = 1.0
     c.train.z_loss = 0.0 if tiny else 1e-4

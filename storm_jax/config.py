@@ -223,6 +223,9 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    # The first moment in bfloat16 saves two bytes a parameter. The second stays float32: with
+    # beta2 = 0.999 its steps are smaller than bfloat16 can see.
+    first_moment: Literal["float32", "bfloat16"] = "float32"
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # global gradient norm; 0: off
 
@@ -246,7 +249,8 @@ class CheckpointConfig:
 
 # Tensors that remat policies can name, see `RematConfig`.
 SAVED_NAMES = (
-    "attention",  # queries, keys, values and result of attention
+    "attention",  # the result of attention, and what its backward pass needs of the softmax
+    "qkv",  # queries, keys and values, as attention takes them
     "mlp",  # the hidden units of an MLP, before its activation
     "mamba",  # what a Mamba layer's input projection gives
 )

@@ -5,6 +5,7 @@ Axis letters: B batch, S queries, T keys, H heads, K key-value heads, C head dim
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.models import attention_kernels as kernels
 from storm_jax.parallel import sharding
@@ -40,6 +41,7 @@ def self_attention(
     kernel = kernels.fused_for(q_BSHC, pattern) or kernels.xla_attention
 
     def local(q, k, v, *segments):
+        q, k, v = (checkpoint_name(x, kernels.OPERANDS) for x in (q, k, v))
         return kernel(q, k, v, segments[0] if segments else None, pattern)
 
     rows = () if segments_BS is None else (segments_BS,)

@@ -10,7 +10,7 @@ Axis letters: B batch, S queries, T keys, H heads, K key-value heads, C head dim
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from storm_kernels.selective_scan.platforms import platform_of
 
-SAVED = "attention"
-"""Name, for remat policies, of what a fused kernel's backward pass reads and of its result."""
+# Names for remat policies (`config.SAVED_NAMES`).
+RESULT = "attention"
+OPERANDS = "qkv"
 
 _CHUNK = 512  # queries whose scores exist at one time in `xla_attention`
 _BLOCK = 512  # queries and keys of a block in splash; not tuned, for no TPU was at hand
@@ -85,7 +86,7 @@ def cudnn_attention(q_BSHC, k_BSKC, v_BSKC, segments_BS, pattern: Pattern) -> ja
 
 
 def _saved(f: Callable) -> Callable:
-    """`f`, whose result and whose backward pass's inputs carry the name `SAVED`."""
+    """`f`, whose result and whose backward pass's other inputs carry the name `RESULT`."""
 
     @jax.custom_vjp
     def call(*args):
@@ -93,9 +94,14 @@ def _saved(f: Callable) -> Callable:
 
     def forward(*args):
         out, pull = jax.vjp(f, *args)
-        named = checkpoint_name(out, SAVED)
-        # The result is one of the inputs: kept once where JAX knows that it is the same.
-        keep = lambda x: named if x is out else checkpoint_name(x, SAVED)  # noqa: E731
+        named = checkpoint_name(out, RESULT)
+
+        def keep(x):
+            if any(x is arg for arg in args):
+                return x
+            # The result itself is kept once where JAX knows that it is the same array.
+            return named if x is out else checkpoint_name(x, RESULT)
+
         return named, jax.tree.map(keep, pull)
 
     call.defvjp(forward, lambda pull, gradient: pull(gradient))
@@ -127,14 +133,13 @@ def splash_attention(
     )  # fmt: skip
     kernel = _splash_kernel(S + more, H, pattern.causal, pattern.window, pattern.softcap, interpret)
     if segments_BS is None:
-        out_BHSC = jax.vmap(kernel)(q, k, v)
+        out_BHSC = cast(jax.Array, jax.vmap(kernel)(q, k, v))
     else:
-        out_BHSC = jax.vmap(kernel)(q, k, v, kernel_segments(segments_BS))
-    return out_BHSC.swapaxes(1, 2)[:, :S, :, :C]
+        out_BHSC = cast(jax.Array, jax.vmap(kernel)(q, k, v, _splash_segments(segments_BS)))
+    return jnp.swapaxes(out_BHSC, 1, 2)[:, :S, :, :C]
 
 
-def kernel_segments(segments_BS: jax.Array):
-    """Segment ids as splash takes them."""
+def _splash_segments(segments_BS: jax.Array):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     return splash.SegmentIds(segments_BS, segments_BS)
@@ -161,7 +166,7 @@ def _splash_kernel(S: int, heads: int, causal: bool, window: int, softcap: float
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap or None,
-        residual_checkpoint_name=SAVED,
+        residual_checkpoint_name=RESULT,
         interpret=interpret,
     )
 
@@ -184,7 +189,7 @@ def xla_attention(q_BSHC, k_BSKC, v_BSKC, segments_BS, pattern: Pattern) -> jax.
 
     chunks = -(-S // _CHUNK)
     if chunks == 1:
-        return rows(q_BSHC, places, segments_BS)
+        return checkpoint_name(rows(q_BSHC, places, segments_BS), RESULT)
     more = chunks * _CHUNK - S
 
     def cut(x):
@@ -194,7 +199,8 @@ def xla_attention(q_BSHC, k_BSKC, v_BSKC, segments_BS, pattern: Pattern) -> jax.
     inputs = jax.tree.map(cut, (q_BSHC, places, segments_BS))
     # The backward pass makes a chunk's scores again instead of keeping all of them.
     out = jax.lax.map(lambda chunk: jax.checkpoint(rows)(*chunk), inputs)
-    return out.swapaxes(0, 1).reshape(B, S + more, *out.shape[3:])[:, :S]
+    out = out.swapaxes(0, 1).reshape(B, S + more, *out.shape[3:])[:, :S]
+    return checkpoint_name(out, RESULT)
 
 
 def masked_attention(q_BSHC, k_BTKC, v_BTKC, mask_BST, scale: float, softcap: float) -> jax.Array:

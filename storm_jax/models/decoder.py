@@ -92,12 +92,13 @@ class DecoderBlock(nnx.Module):
         x_BSD = x_BSD + (h if self.attention_post_norm is None else self.attention_post_norm(h))
 
         h = self.mlp_norm(x_BSD)
-        gate = checkpoint_name(self.gate(h), "mlp")
+        gate, up = (checkpoint_name(linear(h), "mlp") for linear in (self.gate, self.up))
+        gate = gate.astype(jnp.float32)
         if config.activation == "silu":
             gate = jax.nn.silu(gate)
         else:
             gate = jax.nn.gelu(gate, approximate=True)
-        h = self.down(gate * checkpoint_name(self.up(h), "mlp"))
+        h = self.down((gate * up).astype(h.dtype))
         x_BSD = x_BSD + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
         return x_BSD, cache
 

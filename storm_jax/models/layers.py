@@ -27,7 +27,8 @@ def parameter(value: jax.Array, *axes: str | None) -> nnx.Param:
 class Linear(nnx.Module):
     """x @ w + b over the last axes of x.
 
-    Weights start normal with variance 1 / inputs, biases at zero.
+    Weights start normal with variance 1 / inputs, biases at zero. The bias is added in float32, so
+    that its gradient, a sum over all tokens, is one in float32.
     """
 
     def __init__(
@@ -49,14 +50,48 @@ class Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.product(x, self.whole_weight(x.dtype))
+        return (y + self.whole_bias()).astype(x.dtype) if self.has_bias else y
+
+    def product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """x @ weight over the last axes of x, in the dtype of x; `weight` has this map's axes."""
         n = self.contracted
-        w = sharding.gathered(self.weight[...].astype(x.dtype), self.axes)
         dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         # Batch axes keep their layout; a contraction over a split axis is summed here.
-        y = _product(x, w, dims, lambda x, w: (*x[: len(x) - n], *w[n:]))
-        if self.has_bias:
-            y = y + sharding.gathered(self.bias[...].astype(x.dtype), self.axes[n:])
-        return y
+        return _product(x, weight, dims, lambda x, w: (*x[: len(x) - n], *w[n:]))
+
+    def whole_weight(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight as it is used, see `sharding.gathered`."""
+        return sharding.gathered(self.weight[...].astype(dtype), self.axes)
+
+    def whole_bias(self) -> jax.Array:
+        """The bias as it is used, float32."""
+        bias = self.bias[...].astype(jnp.float32)
+        return sharding.gathered(bias, self.axes[self.contracted :])
+
+    def with_constant(self, x: jax.Array, constant: jax.Array) -> jax.Array:
+        """The result for x + constant, which has the contracted axes and is float32."""
+        n = self.contracted
+        w = self.whole_weight(x.dtype)
+        dims = (tuple(range(n)), tuple(range(n)))
+        exact = w.astype(jnp.float32)
+        moved = _product(constant, exact, dims, lambda _, w: w[n:], exact=True)
+        return (self.product(x, w) + (moved + self.whole_bias())).astype(x.dtype)
+
+    def after(self, norm: "LayerNorm", dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Weight and bias that act on `norm.normalised(x)` as this map acts on `norm(x)`.
+
+        (y s + t) w + b = y (s w) + (t w + b): the gradients of s and t then come from that of the
+        weight, and not from two more sums over all tokens. For one contracted axis.
+
+        Returns:
+          The weight in `dtype`, the bias in float32.
+        """
+        w = self.whole_weight(dtype)
+        scale = norm.scale[...].astype(jnp.float32).reshape(-1, *[1] * (w.ndim - 1))
+        shift = norm.bias[...].astype(jnp.float32)
+        moved = _product(shift, w.astype(jnp.float32), ((0,), (0,)), lambda _, w: w[1:], exact=True)
+        return (w * scale).astype(dtype), moved + self.whole_bias()
 
     def to_channels_first(self, x_BLD: jax.Array) -> jax.Array:
         """[B, L, D] -> [*outputs, B, L], for one contracted axis and no bias.
@@ -72,13 +107,21 @@ class Linear(nnx.Module):
         return _product(x_BDL, w, ((1,), (0,)), lambda x, w: (x[0], x[2], *w[1:]))
 
 
-def _product(left: jax.Array, right: jax.Array, contracted, out_spec) -> jax.Array:
-    """`dot_general` without batch axes; `out_spec` of both partitions is the result's."""
+def _product(
+    left: jax.Array, right: jax.Array, contracted, out_spec, *, exact: bool = False
+) -> jax.Array:
+    """`dot_general` without batch axes; `out_spec` of both partitions is the result's.
+
+    Args:
+      exact: with all digits of float32.
+    """
     out = None
     if sharding.active_mesh() is not None:
         specs = [tuple(jax.typeof(x).sharding.spec) for x in (left, right)]
         out = PartitionSpec(*out_spec(*specs))
-    return jax.lax.dot_general(left, right, (contracted, ((), ())), out_sharding=out)
+    precision = "highest" if exact else None
+    dims = (contracted, ((), ()))
+    return jax.lax.dot_general(left, right, dims, precision=precision, out_sharding=out)
 
 
 class RMSNorm(nnx.Module):
@@ -105,10 +148,17 @@ class LayerNorm(nnx.Module):
         self.bias = parameter(jnp.zeros(width), None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        y = self._normalised(x)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+    def normalised(self, x: jax.Array) -> jax.Array:
+        """(x - mean) / std, for a map that has w and b in it (`Linear.after`)."""
+        return self._normalised(x).astype(x.dtype)
+
+    def _normalised(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
 
 
 class Embedding(nnx.Module):

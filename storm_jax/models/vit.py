@@ -31,12 +31,20 @@ class VitBlock(nnx.Module):
         self.scale = C**-0.5
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
-        h = self.norm1(x_BND)
-        q, k, v = self.query(h), self.key(h), self.value(h)
+        dtype = x_BND.dtype
+        h = self.norm1.normalised(x_BND)
+        (w_q, b_q), (w_k, _), (w_v, b_v) = (
+            linear.after(self.norm1, dtype) for linear in (self.query, self.key, self.value)
+        )
+        q = (self.query.product(h, w_q) + b_q).astype(dtype)
+        # What is added to all keys adds one number to all scores of a query, which the softmax
+        # takes away again. What is added to all values comes out unchanged, for weights add to 1.
+        k, v = self.key.product(h, w_k), self.value.product(h, w_v)
         h = self_attention(q, k, v, causal=False, scale=self.scale)
-        x_BND = x_BND + self.out(h)
-        h = checkpoint_name(self.up(self.norm2(x_BND)), "mlp")
-        return x_BND + self.down(jax.nn.gelu(h, approximate=True))
+        x_BND = x_BND + self.out.with_constant(h, b_v)
+        w, b = self.up.after(self.norm2, dtype)
+        h = checkpoint_name(self.up.product(self.norm2.normalised(x_BND), w), "mlp")
+        return x_BND + self.down(jax.nn.gelu(h + b, approximate=True).astype(dtype))
 
 
 class Vit(nnx.Module):

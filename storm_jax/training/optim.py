@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from storm_jax.config import ConfigError, OptimizerConfig
@@ -54,7 +55,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     }
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.scale_by_adam(
+            config.beta1, config.beta2, config.eps, mu_dtype=jnp.dtype(config.first_moment)
+        ),
         optax.add_decayed_weights(config.weight_decay, matrices),
         optax.scale_by_schedule(schedule(config, steps)),
         optax.partition(rates, part_of),
