@@ -166,10 +166,12 @@ def run(name: str, size: str) -> ConfigDict:
     c.train.optimizer.weight_decay = 0.0  # as VILA
     c.train.optimizer.clip_norm = 1.0
     c.train.z_loss = 0.0 if tiny else 1e-4
-    remat = "none" if tiny else "full"
-    c.train.remat = ConfigDict(dict(vit=remat, temporal=remat, decoder=remat))
-    c.train.remat.saved = ("attention",)  # what "names" keeps and "offload" moves to the host
+    c.train.remat = ConfigDict()
+    for part in ("vit", "temporal", "decoder"):
+        # `saved`: what the policies "names" and "offload" keep.
+        c.train.remat[part] = ConfigDict(dict(policy="none" if tiny else "full", saved=()))
     c.train.remat.vit_calls = not tiny
+    c.train.remat.vit_unrolled = False
     c.train.checkpoint = ConfigDict(dict(every=200 if tiny else 500, keep=3))
     c.train.log_every = 10
     c.train.eval_every = 0  # at the end

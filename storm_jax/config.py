@@ -254,32 +254,41 @@ SAVED_NAMES = (
     "mlp",  # the hidden units of an MLP, before its activation
     "mamba",  # what a Mamba layer's input projection gives
 )
-RematPolicy = Literal["none", "dots", "names", "full", "offload"]
 
 
 @dataclass(frozen=True)
-class RematConfig:
-    """What the backward pass computes again instead of keeping, part by part.
+class Remat:
+    """What the backward pass computes again, layer by layer, instead of keeping it.
 
     "none": nothing; "dots": all but matrix products; "names": all but the tensors in `saved`;
     "offload": as "names", and the tensors in `saved` wait in the host's memory; "full": everything
     but the input of each layer.
     """
 
-    vit: RematPolicy = "none"
-    temporal: RematPolicy = "none"
-    decoder: RematPolicy = "none"
-    saved: tuple[str, ...] = ("attention",)  # of SAVED_NAMES
-    # Each call of the ViT (vit.frames_per_call frames) is computed again as a whole, its policy
-    # applies within: then activations do not grow with the number of frames.
-    vit_calls: bool = False
+    policy: Literal["none", "dots", "names", "full", "offload"] = "none"
+    saved: tuple[str, ...] = ()  # of SAVED_NAMES
 
     def __post_init__(self):
         unknown = sorted(set(self.saved) - set(SAVED_NAMES))
         _require(
             not unknown,
-            f"train.remat.saved names {', '.join(unknown)}; there are {', '.join(SAVED_NAMES)}",
+            f"train.remat: saved names {', '.join(unknown)}; there are {', '.join(SAVED_NAMES)}",
         )
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass computes again in each part."""
+
+    vit: Remat = Remat()
+    temporal: Remat = Remat()
+    decoder: Remat = Remat()
+    # Each call of the ViT (vit.frames_per_call frames) is computed again as a whole, its policy
+    # applies within: then activations do not grow with the number of frames.
+    vit_calls: bool = False
+    # The ViT's layers stand one after another in the program instead of in a loop, which would copy
+    # what is kept for the backward pass into and out of arrays of all layers. Compiles for longer.
+    vit_unrolled: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from storm_jax.config import DecoderConfig
+from storm_jax.config import DecoderConfig, Remat
 from storm_jax.models.attention import cached_attention, self_attention
 from storm_jax.models.layers import (
     KEEP_ALL,
     Embedding,
     Head,
     Linear,
-    Remat,
     RMSNorm,
     Stack,
     rotary,

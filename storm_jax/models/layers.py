@@ -6,14 +6,13 @@ carries the logical names of its axes, which `parallel.sharding` lays out.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from storm_jax.config import RematPolicy
+from storm_jax.config import Remat
 from storm_jax.parallel import sharding
 from storm_jax.parallel.sharding import Axes
 
@@ -51,7 +50,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.product(x, self.whole_weight(x.dtype))
-        return (y + self.whole_bias()).astype(x.dtype) if self.has_bias else y
+        return add_bias(y, self.whole_bias()).astype(x.dtype) if self.has_bias else y
 
     def product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """x @ weight over the last axes of x, in the dtype of x; `weight` has this map's axes."""
@@ -76,7 +75,7 @@ class Linear(nnx.Module):
         dims = (tuple(range(n)), tuple(range(n)))
         exact = w.astype(jnp.float32)
         moved = _product(constant, exact, dims, lambda _, w: w[n:], exact=True)
-        return (self.product(x, w) + (moved + self.whole_bias())).astype(x.dtype)
+        return add_bias(self.product(x, w), moved + self.whole_bias()).astype(x.dtype)
 
     def after(self, norm: "LayerNorm", dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Weight and bias that act on `norm.normalised(x)` as this map acts on `norm(x)`.
@@ -105,6 +104,30 @@ class Linear(nnx.Module):
         """[B, D, L] -> [B, L, *outputs], for one contracted axis and no bias."""
         w = sharding.gathered(self.weight[...].astype(x_BDL.dtype), self.axes)
         return _product(x_BDL, w, ((1,), (0,)), lambda x, w: (x[0], x[2], *w[1:]))
+
+
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y + bias, whose axes are the last ones of y; float32.
+
+    The gradient of the bias is the float32 sum of y's gradient in the dtype of y. Left to itself,
+    XLA writes that gradient to memory once in float32 for the sum and once in the dtype of y.
+    """
+    return y.astype(jnp.float32) + bias
+
+
+def _add_bias_fwd(y, bias):
+    return add_bias(y, bias), (jnp.zeros((), y.dtype), bias.ndim)
+
+
+def _add_bias_bwd(residuals, gradient):
+    like, axes = residuals
+    dy = jax.lax.optimization_barrier(gradient.astype(like.dtype))
+    summed = tuple(range(dy.ndim - axes))
+    return dy, jnp.sum(dy, axis=summed, dtype=jnp.float32)
+
+
+add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 def _product(
@@ -226,35 +249,29 @@ def rotate(x_BSHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHC.dtype)
 
 
-class Remat(NamedTuple):
-    """What the backward pass recomputes; `config.RematConfig` has the policies."""
-
-    policy: RematPolicy = "none"
-    saved: tuple[str, ...] = ()
-
-    def __call__(self, f: Callable) -> Callable:
-        """`f` under this policy, for use in a scan or a loop."""
-        offered = jax.checkpoint_policies
-        match self.policy:
-            case "none":
-                return f
-            case "dots":
-                policy = offered.dots_with_no_batch_dims_saveable
-            case "names":
-                policy = offered.save_only_these_names(*self.saved)
-            case "offload":
-                policy = offered.save_and_offload_only_these_names(
-                    names_which_can_be_saved=[],
-                    names_which_can_be_offloaded=list(self.saved),
-                    offload_src="device",
-                    offload_dst="pinned_host",
-                )
-            case "full":
-                policy = offered.nothing_saveable
-        return jax.checkpoint(f, policy=policy, prevent_cse=False)
-
-
 KEEP_ALL = Remat()
+
+
+def rematerialised(f: Callable, remat: Remat) -> Callable:
+    """`f`, whose backward pass computes again what `remat` says; for scans and loops."""
+    offered = jax.checkpoint_policies
+    match remat.policy:
+        case "none":
+            return f
+        case "dots":
+            policy = offered.dots_with_no_batch_dims_saveable
+        case "names":
+            policy = offered.save_only_these_names(*remat.saved)
+        case "offload":
+            policy = offered.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=list(remat.saved),
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        case "full":
+            policy = offered.nothing_saveable
+    return jax.checkpoint(f, policy=policy, prevent_cse=False)
 
 
 class Stack(nnx.Module):
@@ -265,7 +282,7 @@ class Stack(nnx.Module):
         self.layers = jax.vmap(lambda key: build(nnx.Rngs(key)))(keys)
         self.count = count
 
-    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL):
+    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL, unrolled: bool = False):
         """Runs `x, y = body(module, x, xs[i])` for every module in order.
 
         Args:
@@ -273,6 +290,7 @@ class Stack(nnx.Module):
           x: carried array or tree.
           xs: tree with a leading axis of `count`, one slice a module, or None.
           remat: what the backward pass recomputes of each module.
+          unrolled: without a loop.
 
         Returns:
           (x, ys) with the ys stacked.
@@ -283,4 +301,5 @@ class Stack(nnx.Module):
             layer_state, slice_ = inputs
             return body(nnx.merge(graph, layer_state), x, slice_)
 
-        return jax.lax.scan(remat(step), x, (state, xs))
+        step = rematerialised(step, remat)
+        return jax.lax.scan(step, x, (state, xs), unroll=self.count if unrolled else 1)

@@ -10,7 +10,6 @@ from flax import nnx
 
 from storm_jax.config import VISUAL, ModelConfig, RematConfig
 from storm_jax.models.decoder import Decoder
-from storm_jax.models.layers import Remat
 from storm_jax.models.projector import Projector
 from storm_jax.models.reduction import reduce_tokens
 from storm_jax.models.temporal import TemporalEncoder
@@ -61,14 +60,14 @@ class Storm(nnx.Module):
           [B, groups * group_tokens, D].
         """
         with jax.named_scope("vit"):
-            how = Remat(remat.vit, remat.saved)
-            x_BFND = self.vit(frames_BFHWC, self.dtype, how, remat.vit_calls)
+            x_BFND = self.vit(
+                frames_BFHWC, self.dtype, remat.vit, remat.vit_calls, remat.vit_unrolled
+            )
         with jax.named_scope("projector"):
             x_BFND = self.projector(x_BFND)
         if self.temporal is not None:
             with jax.named_scope("temporal"):
-                how = Remat(remat.temporal, remat.saved)
-                x_BFND = self.temporal(x_BFND, frame_segments_BF, how)
+                x_BFND = self.temporal(x_BFND, frame_segments_BF, remat.temporal)
         with jax.named_scope("reduction"):
             pool = self.config.reduction.spatial_pool
             return reduce_tokens(x_BFND, frame_groups_BF, groups, pool)
@@ -99,7 +98,7 @@ class Storm(nnx.Module):
             )
         x_BSD = self.embed(batch["tokens"], visual)
         with jax.named_scope("decoder"):
-            how = Remat(remat.decoder, remat.saved)
+            how = remat.decoder
             return self.decoder(x_BSD, batch["positions"], batch["segments"], remat=how)[0]
 
 

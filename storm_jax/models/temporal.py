@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from storm_jax.config import TemporalConfig
-from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Remat, Stack, parameter
+from storm_jax.config import Remat, TemporalConfig
+from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Stack, parameter
 from storm_jax.parallel import sharding
 from storm_kernels.causal_conv1d import causal_conv1d
 from storm_kernels.selective_scan import Layout, preferred_layout, selective_scan

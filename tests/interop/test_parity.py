@@ -52,12 +52,12 @@ def recorded(stack: Stack) -> list[jax.Array]:
     """A list that takes what `stack` carries after each layer, [layers, ...], when it runs."""
     outputs = []
 
-    def scan(body, x, xs=None, *, remat=KEEP_ALL):
+    def scan(body, x, xs=None, *, remat=KEEP_ALL, unrolled=False):
         def both(module, x, inputs):
             x, y = body(module, x, inputs)
             return x, (x, y)
 
-        x, (layers, ys) = Stack.scan(stack, both, x, xs, remat=remat)
+        x, (layers, ys) = Stack.scan(stack, both, x, xs, remat=remat, unrolled=unrolled)
         outputs.append(layers)
         return x, ys
 

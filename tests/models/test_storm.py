@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, SiglipVisionConfig, SiglipVisionModel
 
-from storm_jax.config import VISUAL, RematConfig, TemporalConfig
+from storm_jax.config import VISUAL, Remat, RematConfig, TemporalConfig
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
 from tests.compilation import FUSED
 from tests.models.references import (
@@ -284,7 +284,7 @@ def gradient_with(model, params):
         def of(params):
             storm = model.bind(params)
             weights = np.random.default_rng(8).normal(size=(LENGTH, 48)).astype(np.float32)
-            scores = storm.decoder.logits(storm(PACKED, RematConfig(remat, remat, remat)))
+            scores = storm.decoder.logits(storm(PACKED, RematConfig(*[Remat(remat)] * 3)))
             return jnp.sum(scores * (PACKED["segments"] >= 0)[..., None] * weights)
 
         return of(params)

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 from transformers import MambaConfig
 
-from storm_jax.config import ConfigError, TemporalConfig
-from storm_jax.models.layers import Remat
+from storm_jax.config import ConfigError, Remat, TemporalConfig
 from storm_jax.models.temporal import TemporalEncoder
 from tests.compilation import FUSED
 from tests.models.references import temporal_encoder, temporal_params, with_params

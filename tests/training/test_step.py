@@ -107,8 +107,8 @@ def test_accumulation_gives_the_loss_of_the_whole_batch():
 
 @pytest.mark.parametrize("remat", ("dots", "names", "full"))
 def test_remat_changes_nothing(one_device, remat):
-    parts = {f"train.remat.{part}": remat for part in ("vit", "temporal", "decoder")}
-    changes = {**parts, "train.remat.saved": SAVED_NAMES}
+    how = {"policy": remat, "saved": SAVED_NAMES}
+    changes = {f"train.remat.{part}": how for part in ("vit", "temporal", "decoder")}
     assert_same(run(changes, MeshConfig(1, 1, 1), devices=1), one_device, rtol=1e-6)
 
 
