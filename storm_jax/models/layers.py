@@ -252,8 +252,13 @@ def rotate(x_BSHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 KEEP_ALL = Remat()
 
 
-def rematerialised(f: Callable, remat: Remat) -> Callable:
-    """`f`, whose backward pass computes again what `remat` says; for scans and loops."""
+def rematerialised(f: Callable, remat: Remat, *, in_loop: bool = True) -> Callable:
+    """`f`, whose backward pass computes again what `remat` says.
+
+    Args:
+      in_loop: `f` is the body of a scan, so that XLA cannot take what is computed again for what it
+        has already.
+    """
     offered = jax.checkpoint_policies
     match remat.policy:
         case "none":
@@ -271,7 +276,7 @@ def rematerialised(f: Callable, remat: Remat) -> Callable:
             )
         case "full":
             policy = offered.nothing_saveable
-    return jax.checkpoint(f, policy=policy, prevent_cse=False)
+    return jax.checkpoint(f, policy=policy, prevent_cse=not in_loop)
 
 
 class Stack(nnx.Module):
@@ -301,5 +306,5 @@ class Stack(nnx.Module):
             layer_state, slice_ = inputs
             return body(nnx.merge(graph, layer_state), x, slice_)
 
-        step = rematerialised(step, remat)
+        step = rematerialised(step, remat, in_loop=not unrolled)
         return jax.lax.scan(step, x, (state, xs), unroll=self.count if unrolled else 1)
