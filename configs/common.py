@@ -157,6 +157,7 @@ def run(name: str, size: str) -> ConfigDict:
     c.train.optimizer.rates = ConfigDict(
         dict(vit=rate, projector=rate, temporal=rate, decoder=rate)
     )
+    c.train.optimizer.kind = "adamw"  # "adafactor" has next to no state
     c.train.optimizer.warmup_fraction = 0.03  # as VILA
     c.train.optimizer.final_fraction = 0.0
     c.train.optimizer.beta1 = 0.9

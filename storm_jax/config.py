@@ -215,9 +215,13 @@ class PartRates:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW or Adafactor, with linear warm-up and cosine decay."""
 
     rates: PartRates
+    # What is kept of gradients. "adamw": a first and a second moment, 8 bytes a parameter or 6.
+    # "adafactor": sums over rows and over columns (arXiv 1804.04235, without its scaling by the
+    # size of parameters), next to nothing.
+    kind: Literal["adamw", "adafactor"] = "adamw"
     warmup_fraction: float = 0.03  # of all steps
     final_fraction: float = 0.0  # learning rate at the end / at the peak
     beta1: float = 0.9
