@@ -126,7 +126,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
         start_step, config.train.steps, None if peak is None else peak * jax.local_device_count()
     )
     writer = MetricWriter(workdir, start_step)
-    load = LoadMeter()
+    meter = LoadMeter()
     scores: dict[str, Score] = {}
 
     def score(step: int) -> dict[str, Score]:
@@ -158,7 +158,6 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
             batch = next(iterator)
             waited = time.perf_counter() - began
             bad_log.add(batch.info)
-            load.add(batch.info.load)
             if step == start_step + 1:
                 _say("compiling the training step")
             state, metrics = train_step(state, place(batch.arrays))
@@ -167,16 +166,16 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
                 _say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
             # The numbers of a step are fetched while the next one runs.
             if pending is not None:
-                _report(*pending, progress, load, writer, bad_log, config.train.log_every)
+                _report(*pending, progress, meter, writer, bad_log, config.train.log_every)
             work = Work.of(batch.arrays)
             flops = training_flops(config.model, work, parts)
-            pending = (step, metrics, work, flops, waited)
+            pending = (step, metrics, work, flops, waited, batch.info.load)
             if step % config.train.checkpoint.every == 0 or step == config.train.steps:
                 checkpoints.save(state, step, config, batches.fingerprint)
             if evaluates and config.train.eval_every and step % config.train.eval_every == 0:
                 scores = score(step)
         if pending is not None:
-            _report(*pending, progress, load, writer, bad_log, 1)
+            _report(*pending, progress, meter, writer, bad_log, 1)
         progress.close()
         if evaluates:
             _say(f"evaluating on {config.train.eval_samples} held-out records")
@@ -192,14 +191,17 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
 # ------------------------------------------------------------------------------------- parts of it
 
 
-def _report(step, metrics, work, flops, waited, progress, load, writer, bad_log, every) -> None:
+def _report(
+    step, metrics, work, flops, waited, load, progress, meter, writer, bad_log, every
+) -> None:
+    meter.add(load)
     progress.add(work.tokens, work.frames, flops, waited)
     values = {name: float(value) for name, value in metrics.items()}
     require_finite(step, values)
     if step % every:
         return
     values.update(progress.rates())
-    values.update(load.rates())
+    values.update(meter.rates())
     values["bad_records"] = bad_log.count
     writer.write(step, values)
     progress.show(values)
