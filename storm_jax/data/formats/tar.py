@@ -40,7 +40,7 @@ class _Index:
     """The members of a tar, in its order.
 
     Attributes:
-      names: UTF-8, joined by newlines, uint8.
+      names: UTF-8, joined by zeros, uint8.
       spans: int64 [members, 2], where the contents begin in the tar, and their size.
       order: int32, the members of the samples, one sample after another.
       starts: int64 [samples + 1], where the members of each sample begin in `order`, and the end.
@@ -130,7 +130,7 @@ class Tars(ShardedSet):
                 if len(self._tables) >= _TABLES:
                     del self._tables[next(iter(self._tables))]
                 text = self._indexes[shard].names.tobytes().decode(errors="surrogateescape")
-                names = text.split("\n")
+                names = text.split("\0")
                 table = _Table(names, {name: number for number, name in enumerate(names)})
                 self._tables[shard] = table
         return table
@@ -235,14 +235,15 @@ def _scan(file: str) -> _Index:
     members = [member for member in every if member.isreg()]
     samples: dict[str, list[int]] = {}
     for number, member in enumerate(members):
-        if member.name.endswith(".json") or _kind(member.name) is not None:
+        hidden = os.path.basename(member.name).startswith(".")  # macOS adds such
+        if not hidden and (member.name.endswith(".json") or _kind(member.name) is not None):
             samples.setdefault(_key(member.name), []).append(number)
-    if not any(m.name.endswith(".json") for m in members):
+    if not any(members[i].name.endswith(".json") for its in samples.values() for i in its):
         raise RecordError(
             f"{file}: none of its {len(members)} members is a record: a sample needs KEY.json"
             " beside KEY.mp4 or KEY.jpg"
         )
-    names = "\n".join(member.name for member in members)
+    names = "\0".join(member.name for member in members)
     return _Index(
         np.frombuffer(names.encode(errors="surrogateescape"), np.uint8),
         np.array([(m.offset_data, m.size) for m in members], np.int64),

@@ -52,6 +52,11 @@ def _open(path: str, split: str) -> "tuple[ArrayRecordDataSource, tuple[str, ...
         ) from error
     try:
         builder = tfds.builder_from_directory(path)
+        if split not in list(builder.info.splits):
+            raise ValueError(
+                f"the data set has {', '.join(builder.info.splits)}; for a part of one, list it in"
+                " a mixture"
+            )
         source: Any = builder.as_data_source(split=split)
     except (ValueError, OSError, RuntimeError, NotImplementedError, json.JSONDecodeError) as error:
         raise RecordError(f"{path}, split {split}: {error}") from error
