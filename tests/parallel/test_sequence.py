@@ -67,6 +67,7 @@ def test_products(sizes, parts):
     assert_equal_to_one_device(model_of(**parts), mesh_of(**sizes))
 
 
+@pytest.mark.slow
 def test_channels_first(monkeypatch):
     """The layout of the scan on GPUs, and pieces of the loss smaller than a device's share."""
     model = model_of(temporal=dict(conv=5))
