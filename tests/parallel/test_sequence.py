@@ -1,11 +1,20 @@
 """Rows split over devices along their frames and tokens, against one device."""
 
+import jax
+import numpy as np
 import pytest
 
 from storm_jax.config import MeshConfig
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel.mesh import make_mesh
-from tests.parallel.cases import assert_equal_to_one_device, on_one_device
+from storm_jax.training.step import make_eval_step
+from tests.parallel.cases import (
+    assert_equal_to_one_device,
+    on_one_device,
+    packed_rows,
+    place,
+    random_params,
+)
 from tests.tiny import tiny_model
 
 
@@ -65,6 +74,21 @@ def test_data_seq_tensor():
 )
 def test_products(sizes, parts):
     assert_equal_to_one_device(model_of(**parts), mesh_of(**sizes))
+
+
+def test_evaluation():
+    """Scores of every position, on each device those of its rows."""
+    model = model_of()
+    params, batch = random_params(model), packed_rows(model)
+    step = jax.jit(make_eval_step(model))
+    expected = step(params, batch)
+    mesh = mesh_of(data=2, seq=4)
+    with jax.set_mesh(mesh):
+        nll, correct = step(*place(model, params, batch, mesh))
+    there = batch["targets"] >= 0
+    assert nll.sharding.shard_shape(nll.shape) == (4, 48)  # as `training.evaluate` reads them
+    np.testing.assert_allclose(nll[there], expected[0][there], rtol=1e-5)
+    np.testing.assert_array_equal(correct[there], expected[1][there])
 
 
 @pytest.mark.slow
