@@ -79,8 +79,8 @@ def make_eval_step(model: StormModel) -> Callable[[Params, Batch], Any]:
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         storm = model.bind(params)
-        scores = position_scores(storm.decoder, storm(batch), batch["targets"])
-        return tuple(shard(x, "batch", None) for x in scores)
+        nll, correct = position_scores(storm.decoder, storm(batch), batch["targets"])
+        return shard(nll, "batch", None), shard(correct, "batch", None)
 
     return eval_step
 
