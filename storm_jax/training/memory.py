@@ -1,0 +1,76 @@
+"""Out of memory on a device: what was asked for, what was there, what would help."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from storm_jax.config import RunConfig
+
+
+class OutOfMemory(RuntimeError):
+    """XLA could not allocate, with the remedies that this configuration has left."""
+
+
+@contextlib.contextmanager
+def explained(doing: str, config: RunConfig) -> Iterator[None]:
+    """Turns XLA's RESOURCE_EXHAUSTED into `OutOfMemory`.
+
+    Args:
+      doing: completes "out of memory while".
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # Some platforms raise ValueError for a program that is too large to compile.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(message(doing, str(error), config)) from error
+
+
+def message(doing: str, error: str, config: RunConfig) -> str:
+    """What XLA said, the state of the devices, and what to change."""
+    start = error.index("RESOURCE_EXHAUSTED")
+    said = error[start:].split("\n\n")[0][:600].strip()
+    lines = [f"out of memory while {doing}: {said}"]
+    for device in jax.local_devices():
+        stats = device.memory_stats()  # None where the platform does not count
+        if stats and "bytes_limit" in stats:
+            lines.append(
+                f"  {device.device_kind} {device.id}: {_gib(stats['bytes_in_use'])} in use, at most"
+                f" {_gib(stats['peak_bytes_in_use'])} so far, of {_gib(stats['bytes_limit'])}"
+            )
+            break  # they are alike
+    lines.append("what would help, in this order:")
+    lines += [f"  {remedy}" for remedy in remedies(config)]
+    return "\n".join(lines)
+
+
+def remedies(config: RunConfig) -> list[str]:
+    """Changes that save memory and leave the result of training as it is, then those that do not."""
+    train, found = config.train, []
+    rows = train.batch // train.accumulation
+    if rows > 1:
+        found.append(
+            f"train.accumulation={2 * train.accumulation}: microbatches of {max(1, rows // 2)} rows"
+            f" in place of {rows}; more where the mesh allows"
+        )
+    if train.remat != "full":
+        found.append(f"train.remat=full in place of {train.remat}: activations are recomputed")
+    frames = config.model.vit.frames_per_call or config.data.row_frames
+    if frames > 1:
+        found.append(f"model.vit.frames_per_call={frames // 2} in place of {frames}")
+    found.append(
+        f"mesh.fsdp (now {config.mesh.fsdp}): more devices to hold parameters, gradients and"
+        " moments; then mesh.tensor"
+    )
+    found.append(
+        f"shorter rows: data.sequence_length={config.data.sequence_length},"
+        f" data.row_frames={config.data.row_frames}"
+    )
+    found.append("python -m storm_jax.compile with this --config says which part takes how much")
+    return found
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
