@@ -111,6 +111,21 @@ class Checkpoints:
             self._orbax.close()
 
     @contextlib.contextmanager
+    def closed_after(self, *errors: type[Exception]) -> Iterator[None]:
+        """Finishes the save that is going on where the block ends with an error.
+
+        Args:
+          errors: that all processes raise at the same place. After any other one, a process that
+            has company ends without the others, and the save cannot be finished.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, errors) or jax.process_count() == 1:
+                self.close()
+            raise
+
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield

@@ -77,6 +77,7 @@ class Report:
         wrong = self._health.check(step, values, np.asarray(metrics["grad_norms"]))
         if wrong is not None:
             records = "\n".join(processes.gathered(describe_rows(batch.info)))
+            self.close()
             raise TrainingFailed(f"{wrong}\nThe batch of step {step}:\n{records}")
         if not logs and step % self._config.train.log_every:
             return

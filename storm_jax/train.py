@@ -101,6 +101,7 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
         else:
             state = init_state(model, optimizer, parts, mesh, config.train.seed)
             state = _init_from(config, state, abstract)
+        jax.block_until_ready(state)
 
     # ---------------------------------------------------------------------------------------- data
     layout = sharding.named(("batch",), (config.train.batch,), mesh)
@@ -191,7 +192,11 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
 
     iterator = iter(batches)
     first = start_step + 1
-    with jax.set_mesh(mesh), memory.explained("training", config):
+    with (
+        checkpoints.closed_after(TrainingFailed),
+        memory.explained("training", config),
+        jax.set_mesh(mesh),
+    ):
         for step in range(first, config.train.steps + 1):
             clock.enter("data", f"the batch of step {step}")
             began = time.perf_counter()
@@ -215,6 +220,7 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
             if stops and step < config.train.steps:
                 clock.enter("checkpoint", f"the checkpoint of step {step} to be written")
                 checkpoints.close()
+                report.close()
                 raise Preempted(f"stopped after step {step}, which is saved in {folder.path}")
             if evaluates and config.train.eval_every and step % config.train.eval_every == 0:
                 scores = score(step)

@@ -8,13 +8,17 @@ import jax
 from storm_jax.config import RunConfig
 
 
+# XLA's status code, and what its CPU client says under another one.
+SIGNS = ("RESOURCE_EXHAUSTED", "Out of memory")
+
+
 class OutOfMemory(RuntimeError):
     """XLA could not allocate, with the remedies that this configuration has left."""
 
 
 @contextlib.contextmanager
 def explained(doing: str, config: RunConfig) -> Iterator[None]:
-    """Turns XLA's RESOURCE_EXHAUSTED into `OutOfMemory`.
+    """Turns XLA's errors about memory into `OutOfMemory`.
 
     Args:
       doing: completes "out of memory while".
@@ -23,14 +27,14 @@ def explained(doing: str, config: RunConfig) -> Iterator[None]:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         # Some platforms raise ValueError for a program that is too large to compile.
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(sign in str(error) for sign in SIGNS):
             raise
         raise OutOfMemory(message(doing, str(error), config)) from error
 
 
 def message(doing: str, error: str, config: RunConfig) -> str:
     """What XLA said, the state of the devices, and what to change."""
-    start = error.index("RESOURCE_EXHAUSTED")
+    start = min(error.index(sign) for sign in SIGNS if sign in error)
     said = error[start:].split("\n\n")[0][:600].strip()
     lines = [f"out of memory while {doing}: {said}"]
     for device in jax.local_devices():
