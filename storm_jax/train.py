@@ -94,7 +94,7 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
     processes.require_same(
         {"newest checkpoint": str(start_step)}, f"Does every host see {checkpoints.folder}?"
     )
-    with memory.explained("making the training state", config):
+    with memory.explained("making the training state", config, activations=False):
         if start_step:
             state = checkpoints.restore(abstract, start_step)
             _say(f"resumed at step {start_step} from {checkpoints.folder}")

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "flops": {"config", "models"},
     "workdir": {"config", "parallel"},
     "metrics": {"workdir"},
+    "reporting": {"config", "data", "flops", "metrics", "parallel", "training"},
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training", "workdir"},
     "inference": {"config", "parallel", "models", "training", "checkpoint"},

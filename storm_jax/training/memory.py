@@ -17,11 +17,12 @@ class OutOfMemory(RuntimeError):
 
 
 @contextlib.contextmanager
-def explained(doing: str, config: RunConfig) -> Iterator[None]:
+def explained(doing: str, config: RunConfig, activations: bool = True) -> Iterator[None]:
     """Turns XLA's errors about memory into `OutOfMemory`.
 
     Args:
       doing: completes "out of memory while".
+      activations: there are any, besides parameters and moments.
     """
     try:
         yield
@@ -29,10 +30,10 @@ def explained(doing: str, config: RunConfig) -> Iterator[None]:
         # Some platforms raise ValueError for a program that is too large to compile.
         if not any(sign in str(error) for sign in SIGNS):
             raise
-        raise OutOfMemory(message(doing, str(error), config)) from error
+        raise OutOfMemory(message(doing, str(error), config, activations)) from error
 
 
-def message(doing: str, error: str, config: RunConfig) -> str:
+def message(doing: str, error: str, config: RunConfig, activations: bool) -> str:
     """What XLA said, the state of the devices, and what to change."""
     start = min(error.index(sign) for sign in SIGNS if sign in error)
     said = error[start:].split("\n\n")[0][:600].strip()
@@ -46,32 +47,33 @@ def message(doing: str, error: str, config: RunConfig) -> str:
             )
             break  # they are alike
     lines.append("what would help, in this order:")
-    lines += [f"  {remedy}" for remedy in remedies(config)]
+    lines += [f"  {remedy}" for remedy in remedies(config, activations)]
     return "\n".join(lines)
 
 
-def remedies(config: RunConfig) -> list[str]:
+def remedies(config: RunConfig, activations: bool) -> list[str]:
     """Changes that save memory and leave the result of training as it is, then those that do not."""
     train, found = config.train, []
     rows = train.batch // train.accumulation
-    if rows > 1:
+    if activations and rows > 1:
         found.append(
             f"train.accumulation={2 * train.accumulation}: microbatches of {max(1, rows // 2)} rows"
             f" in place of {rows}; more where the mesh allows"
         )
-    if train.remat != "full":
+    if activations and train.remat != "full":
         found.append(f"train.remat=full in place of {train.remat}: activations are recomputed")
     frames = config.model.vit.frames_per_call or config.data.row_frames
-    if frames > 1:
+    if activations and frames > 1:
         found.append(f"model.vit.frames_per_call={frames // 2} in place of {frames}")
     found.append(
         f"mesh.fsdp (now {config.mesh.fsdp}): more devices to hold parameters, gradients and"
         " moments; then mesh.tensor"
     )
-    found.append(
-        f"shorter rows: data.sequence_length={config.data.sequence_length},"
-        f" data.row_frames={config.data.row_frames}"
-    )
+    if activations:
+        found.append(
+            f"shorter rows: data.sequence_length={config.data.sequence_length},"
+            f" data.row_frames={config.data.row_frames}"
+        )
     found.append("python -m storm_jax.compile with this --config says which part takes how much")
     return found
 

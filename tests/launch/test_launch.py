@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,9 @@ def shown(*command: str, **variables: str) -> str:
 def test_scripts_are_bash(script):
     shown("bash", "-n", str(script))
     assert os.access(script, os.X_OK) or script.suffix == ".sbatch"
-    if shutil.which("shellcheck"):
-        shown("shellcheck", str(script))
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck:
+        shown(shellcheck, str(script))
 
 
 def test_no_registry_is_named():
