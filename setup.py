@@ -40,6 +40,7 @@ setup(
         # jax-triton 0.4.1 needs Python 3.12 and does not lower on jax 0.12.0.1
         "cuda": ["jax[cuda13]>=0.11,<0.12", "jax-triton>=0.4.1", "triton>=3.7"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "gcs": ["gcsfs>=2025.3"],  # workdirs in gs:// buckets
         "torch": ["torch==2.13.0"],
         "test": [
             "hypothesis>=6.100",

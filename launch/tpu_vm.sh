@@ -71,7 +71,7 @@ setup)
     for node in "${nodes[@]}"; do
         call "${vm[@]}" scp "$archive" "$node:storm_jax_code.tar.gz" "${where[@]}" --worker=all
     done
-    everywhere "mkdir -p storm_jax && tar -xzf storm_jax_code.tar.gz -C storm_jax && cd storm_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]' gcsfs"
+    everywhere "mkdir -p storm_jax && tar -xzf storm_jax_code.tar.gz -C storm_jax && cd storm_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
     ;;
 run)
     [ $# -gt 0 ] || { echo "run needs the arguments of storm_jax.train" >&2; exit 2; }

@@ -7,6 +7,7 @@ written to a disk: to the workdir itself, or beside a bucket to a folder of this
 
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -48,12 +49,12 @@ class Workdir:
                 " storage and give the folder"
             )
         if self._bucket and importlib.util.find_spec("gcsfs") is None:
-            raise ConfigError(f"--workdir={path} needs the package gcsfs: pip install gcsfs")
+            raise ConfigError(f"--workdir={path} needs the package gcsfs: pip install 'storm_jax[gcs]'")
         self._probe(path)
         if self._bucket:
             self.local = Path(tempfile.mkdtemp(prefix="storm_jax_"))
-            if jax.process_index() == 0:
-                for file in self.path.glob("*.jsonl"):
+            for file in self.path.glob("*.jsonl"):
+                if jax.process_index() in (0, _owner(file.name)):
                     file.copy(self.local / file.name)
         else:
             self.local = Path(self.path)
@@ -91,11 +92,11 @@ class Workdir:
             replace_text(self.local / name, text)
 
     def sync(self) -> None:
-        """Copies files that grow to the bucket."""
+        """Copies this process's files to the bucket."""
         if not self._bucket:
             return
         for file in self.local.rglob("*"):
-            if file.is_file():
+            if file.is_file() and _owner(file.name) == jax.process_index():
                 target = self.path / file.relative_to(self.local).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 epath.Path(file).copy(target, overwrite=True)
@@ -105,6 +106,12 @@ class Workdir:
         self.sync()
         if self._bucket:
             shutil.rmtree(self.local, ignore_errors=True)
+
+
+def _owner(name: str) -> int:
+    """The process that writes a file: NAME-PROCESS.jsonl says so, and process 0 all others."""
+    found = re.fullmatch(r".*-(\d+)\.jsonl", name)
+    return int(found[1]) if found else 0
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -66,8 +66,8 @@ class Watchdog:
 def dump_stacks() -> None:
     """The stacks of all threads, and those of data workers, to standard error."""
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    for child in active_children():  # Grain's workers: see `data.pipeline._start_worker`
-        if child.pid is not None and "grain" in type(child).__module__ + child.name.lower():
+    for child in active_children():  # they answer the signal: `data.pipeline._start_worker`
+        if child.pid is not None:
             os.kill(child.pid, signal.SIGUSR1)
 
 

@@ -170,7 +170,7 @@ def test_dockerfiles(name, extra):
     words = [line.split()[0] for line in lines if line and not line.startswith("#")]
     assert set(words) <= {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENTRYPOINT", "CMD"}
     assert words[:2] == ["ARG", "FROM"] and "FROM ${BASE}" in lines
-    assert any(f"'.[{extra}]'" in line for line in lines)
+    assert any(f"'.[{extra},gcs]'" in line for line in lines)
     assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
     for line in lines:
         if line.startswith("COPY"):
