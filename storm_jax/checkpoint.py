@@ -14,6 +14,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -136,7 +137,7 @@ class Checkpoints:
             ) from error
 
 
-def save_params(workdir: str | os.PathLike, params: Params, run: RunConfig) -> epath.Path:
+def save_params(workdir: str | os.PathLike, params: Params, run: RunConfig) -> Path:
     """Writes parameters alone, as step 0 of a new workdir; `load_params` reads them.
 
     Args:
@@ -149,7 +150,7 @@ def save_params(workdir: str | os.PathLike, params: Params, run: RunConfig) -> e
     Raises:
       CheckpointError: there are checkpoints already.
     """
-    folder = location(workdir) / "checkpoints"
+    folder = Path(workdir).absolute() / "checkpoints"
     if folder.exists():
         raise CheckpointError(f"{folder} exists; give a new folder")
     about = {

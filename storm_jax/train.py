@@ -43,7 +43,7 @@ from storm_jax.workdir import Workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Checkpoints and metrics go here: a folder that all hosts share, or gs://."
+    "workdir", "", "Checkpoints and metrics go here: a folder that all hosts share, or gs://."
 )
 
 MISTAKES = (ConfigError, CheckpointError, DataError, RecordError, TokenizerError)
@@ -297,6 +297,8 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     try:
         config = from_mapping(RunConfig, json.loads(_CONFIG.value.to_json_best_effort()))
+        if not _WORKDIR.value:
+            raise ConfigError("--workdir is missing: a folder that all hosts share, or gs://...")
         train(config, _WORKDIR.value)
     except Preempted as stop:
         _say(f"{stop}; the same command goes on from there")
@@ -311,5 +313,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

@@ -49,7 +49,9 @@ class Workdir:
                 " storage and give the folder"
             )
         if self._bucket and importlib.util.find_spec("gcsfs") is None:
-            raise ConfigError(f"--workdir={path} needs the package gcsfs: pip install 'storm_jax[gcs]'")
+            raise ConfigError(
+                f"--workdir={path} needs the package gcsfs: pip install 'storm_jax[gcs]'"
+            )
         self._probe(path)
         if self._bucket:
             self.local = Path(tempfile.mkdtemp(prefix="storm_jax_"))

@@ -37,7 +37,9 @@ def test_buckets_that_orbax_does_not_know():
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_a_bucket_without_its_package():
-    with pytest.raises(ConfigError, match="gs://bucket/x needs the package gcsfs: pip install 'storm_jax"):
+    with pytest.raises(
+        ConfigError, match="gs://bucket/x needs the package gcsfs: pip install 'storm_jax"
+    ):
         Workdir("gs://bucket/x")
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import storm_kernels
 
 import storm_jax
+import storm_kernels
 from storm_jax.config import RunConfig
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")

@@ -48,7 +48,8 @@ class Health:
                 self.skipped += 1
                 return None
             skipped = f" ({limit} updates in a row were skipped before)" if limit else ""
-            return f"step {step}: {', '.join(broken)} not finite{skipped}. " + self._where(grad_norms)
+            what = f"step {step}: {', '.join(broken)} not finite{skipped}"
+            return f"{what}. {self._where(grad_norms)}"
         self._in_a_row = 0
         return self._diverging(step, values["loss"])
 

@@ -7,7 +7,6 @@ import jax
 
 from storm_jax.config import RunConfig
 
-
 # XLA's status code, and what its CPU client says under another one.
 SIGNS = ("RESOURCE_EXHAUSTED", "Out of memory")
 
@@ -52,7 +51,7 @@ def message(doing: str, error: str, config: RunConfig, activations: bool) -> str
 
 
 def remedies(config: RunConfig, activations: bool) -> list[str]:
-    """Changes that save memory and leave the result of training as it is, then those that do not."""
+    """Changes that save memory; those that leave the result of training as it is come first."""
     train, found = config.train, []
     rows = train.batch // train.accumulation
     if activations and rows > 1:

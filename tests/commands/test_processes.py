@@ -1,6 +1,6 @@
-"""Several processes on this machine, as a pod runs them: killed, stopped, restarted in other numbers.
+"""Several processes on this machine, as on a pod: killed, stopped, restarted in other numbers.
 
-Every run here has the model of configs/debug.py in float32 and is stopped by SIGTERM to one process.
+Every run has the model of configs/debug.py in float32, and is stopped by SIGTERM to one process.
 """
 
 import json
@@ -20,8 +20,8 @@ from storm_jax.data import pipeline
 from storm_jax.data.text import load_tokenizer
 from storm_jax.parallel import processes
 from storm_jax.training import exits
-from tests.compilation import QUICK
 from tests.commands.kill_repeatedly import losses, whole
+from tests.compilation import QUICK
 
 pytestmark = pytest.mark.slow
 
@@ -236,4 +236,3 @@ def test_fewer_devices_than_the_launcher_says(videos, tmp_path):
     for status, err in apart(videos, tmp_path / "run", variants):
         assert status == exits.MISTAKE, err
         assert "2 devices have come together, but STORM_EXPECT_DEVICES=8" in err
-

@@ -35,14 +35,18 @@ def shown(*command: str, **variables: str) -> str:
 def test_scripts_are_bash(script):
     shown("bash", "-n", str(script))
     assert os.access(script, os.X_OK) or script.suffix == ".sbatch"
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     if shellcheck:
         shown(shellcheck, str(script))
 
 
 def test_no_registry_is_named():
     for path in LAUNCH.iterdir():
-        assert not re.search(r"\b[\w-]+\.(pkg\.dev|gcr\.io|docker\.io|ecr\.)", path.read_text()), path
+        assert not re.search(r"\b[\w-]+\.(pkg\.dev|gcr\.io|docker\.io|ecr\.)", path.read_text()), (
+            path
+        )
 
 
 def gke(kind: str, **variables: str) -> dict:
@@ -107,10 +111,13 @@ def test_missing_variables_are_named():
 def test_tpu_vm():
     where = {"NAME": "long", "ZONE": "zone", "TYPE": "v5p-128", "RUNTIME": "v2-alpha-tpuv5"}
     script = ("launch/tpu_vm.sh", "--dry-run")
-    assert shown(*script, "create", SPOT="1", **where).split() == (
-        "gcloud compute tpus queued-resources create long --node-id=long --zone=zone"
-        " --accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5 --spot"
-    ).split()
+    assert (
+        shown(*script, "create", SPOT="1", **where).split()
+        == (
+            "gcloud compute tpus queued-resources create long --node-id=long --zone=zone"
+            " --accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5 --spot"
+        ).split()
+    )
     assert "--node-prefix=long --node-count=2" in shown(*script, "create", SLICES="2", **where)
     run = shown(*script, "run", "--config=configs/long.py", "--workdir=gs://b/r", **where)
     assert run.startswith("gcloud compute tpus tpu-vm ssh long --zone=zone --worker=all")
@@ -157,7 +164,8 @@ def test_local_processes():
 
 def test_local_processes_end_together(tmp_path):
     """One fails: the others are ended, and its status is returned."""
-    code = "import os, sys, time; sys.exit(3) if os.environ['STORM_PROCESS_ID'] == '1' else time.sleep(60)"
+    code = "import os, sys, time; os.environ['STORM_PROCESS_ID'] == '1' and sys.exit(3)"
+    code += "; time.sleep(60)"
     done = subprocess.run(
         [LAUNCH / "local_processes.sh", "3", "1", "python3", "-c", code], timeout=30
     )

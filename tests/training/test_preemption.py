@@ -76,4 +76,3 @@ def test_saving_that_takes_too_long_ends_with_stacks():
     assert process.returncode == exits.STUCK
     assert "not saved 0.5 s after SIGTERM (train.preemption_grace)" in err
     assert "Current thread" in err or "Thread 0x" in err
-
