@@ -1,8 +1,6 @@
 """Where the time of a run goes, over all its restarts; and what it is waiting for right now."""
 
-import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from storm_jax.training.watchdog import Watchdog
@@ -45,20 +43,12 @@ class Goodput:
         self._seconds["lost"] += max(0.0, last["time"] - kept["time"])
         self._seconds["down"] += max(0.0, self._began - last["time"])
 
-    @contextlib.contextmanager
-    def phase(self, name: str, what: str, ends: bool = True) -> Iterator[None]:
-        """Time of the block counts for `name`; what is around it does not get it.
+    def enter(self, name: str, what: str, ends: bool = True) -> None:
+        """From now on time counts for `name`.
 
         Args:
           what, ends: see `Watchdog.working_on`.
         """
-        outer = self._phase
-        self.enter(name, what, ends)
-        yield
-        self.enter(outer, f"the end of: {outer}", ends=False)
-
-    def enter(self, name: str, what: str, ends: bool = True) -> None:
-        """From now on time counts for `name`."""
         now = time.time()
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = name, now

@@ -36,8 +36,8 @@ class Preemption:
         """
         self._asked = threading.Event()
         self._grace = grace
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        os.set_blocking(self._read, True)
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)  # as signal.set_wakeup_fd wants it
         self._old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, daemon=True, name="preemption").start()

@@ -9,8 +9,6 @@ import threading
 import time
 from multiprocessing import active_children
 
-import jax
-
 from storm_jax.training import exits
 
 
@@ -72,5 +70,6 @@ def dump_stacks() -> None:
 
 
 def _say(text: str) -> None:
-    where = f"process {jax.process_index()} on {socket.gethostname()}"
+    # Not jax.process_index(): the process may hang before it has one.
+    where = f"process {os.getpid()} on {socket.gethostname()}"
     print(f"watchdog, {where}: {text}", file=sys.stderr, flush=True)
