@@ -64,9 +64,19 @@ class Watchdog:
 def dump_stacks() -> None:
     """The stacks of all threads, and those of data workers, to standard error."""
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    for child in active_children():  # they answer the signal: `data.pipeline._start_worker`
-        if child.pid is not None:
+    for child in active_children():
+        if child.pid is not None and _answers(child.pid):
             os.kill(child.pid, signal.SIGUSR1)
+
+
+def _answers(pid: int) -> bool:
+    """Has `data.pipeline._start_worker` run there? If not, the signal would end the process."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            caught = next(line for line in file if line.startswith("SigCgt:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def _say(text: str) -> None:

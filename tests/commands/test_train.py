@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +95,35 @@ def test_out_of_memory_is_explained(videos, tmp_path):
     assert status == exits.MISTAKE
     assert "error: out of memory while making the training state: " in err
     assert "512000000000 bytes" in err and "mesh.fsdp (now -1)" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_hangs_is_reported(videos, tmp_path):
+    command = training(
+        videos,
+        tmp_path,
+        "--config.train.steps=100000",
+        "--config.train.eval_samples=0",
+        "--config.train.watchdog=8",
+        "--config.data.workers=1",
+        "--config.data.prefetch_megabytes=1",
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "metrics.jsonl").exists() or max(losses(tmp_path), default=0) < 3:
+        assert command.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    tasks = Path(f"/proc/{command.process.pid}/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    (worker,) = [c for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        command.process.wait(120)
+    finally:
+        command.process.kill()
+        os.kill(worker, signal.SIGKILL)  # it holds the pipes open
+    status, _, err = command.finish()
+    assert status == exits.STUCK, err[-3000:]
+    assert re.search(r"waiting for the batch of step \d+", err) and "in train" in err
 
 
 @pytest.mark.slow
