@@ -157,15 +157,22 @@ def run(name: str, size: str) -> ConfigDict:
     c.train.optimizer.rates = ConfigDict(
         dict(vit=rate, projector=rate, temporal=rate, decoder=rate)
     )
+    c.train.optimizer.kind = "adamw"  # "adafactor" has next to no state
     c.train.optimizer.warmup_fraction = 0.03  # as VILA
     c.train.optimizer.final_fraction = 0.0
     c.train.optimizer.beta1 = 0.9
     c.train.optimizer.beta2 = 0.999
     c.train.optimizer.eps = 1e-8
+    c.train.optimizer.first_moment = "float32"
     c.train.optimizer.weight_decay = 0.0  # as VILA
     c.train.optimizer.clip_norm = 1.0
     c.train.z_loss = 0.0 if tiny else 1e-4
-    c.train.remat = "none" if tiny else "full"
+    c.train.remat = ConfigDict()
+    for part in ("vit", "temporal", "decoder"):
+        # `saved`: what the policies "names" and "offload" keep.
+        c.train.remat[part] = ConfigDict(dict(policy="none" if tiny else "full", saved=()))
+    c.train.remat.vit_calls = not tiny
+    c.train.remat.vit_unrolled = False
     c.train.checkpoint = ConfigDict(dict(every=200 if tiny else 500, keep=3))
     c.train.log_every = 10
     c.train.eval_every = 0  # at the end

@@ -215,14 +215,21 @@ class PartRates:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW or Adafactor, with linear warm-up and cosine decay."""
 
     rates: PartRates
+    # What is kept of gradients. "adamw": a first and a second moment, 8 bytes a parameter or 6.
+    # "adafactor": sums over rows and over columns (arXiv 1804.04235, without its scaling by the
+    # size of parameters), next to nothing.
+    kind: Literal["adamw", "adafactor"] = "adamw"
     warmup_fraction: float = 0.03  # of all steps
     final_fraction: float = 0.0  # learning rate at the end / at the peak
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    # The first moment in bfloat16 saves two bytes a parameter. The second stays float32: with
+    # beta2 = 0.999 its steps are smaller than bfloat16 can see.
+    first_moment: Literal["float32", "bfloat16"] = "float32"
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # global gradient norm; 0: off
 
@@ -242,6 +249,50 @@ class CheckpointConfig:
 
     every: int  # steps
     keep: int = 3  # newest checkpoints that stay
+
+
+# Tensors that remat policies can name, see `RematConfig`.
+SAVED_NAMES = (
+    "attention",  # the result of attention, and what its backward pass needs of the softmax
+    "qkv",  # queries, keys and values, as attention takes them
+    "mlp",  # the hidden units of an MLP, before its activation
+    "mamba",  # what a Mamba layer's input projection gives
+)
+
+
+@dataclass(frozen=True)
+class Remat:
+    """What the backward pass computes again, layer by layer, instead of keeping it.
+
+    "none": nothing; "dots": all but matrix products; "names": all but the tensors in `saved`;
+    "offload": as "names", and the tensors in `saved` wait in the host's memory; "full": everything
+    but the input of each layer.
+    """
+
+    policy: Literal["none", "dots", "names", "full", "offload"] = "none"
+    saved: tuple[str, ...] = ()  # of SAVED_NAMES
+
+    def __post_init__(self):
+        unknown = sorted(set(self.saved) - set(SAVED_NAMES))
+        _require(
+            not unknown,
+            f"train.remat: saved names {', '.join(unknown)}; there are {', '.join(SAVED_NAMES)}",
+        )
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass computes again in each part."""
+
+    vit: Remat = Remat()
+    temporal: Remat = Remat()
+    decoder: Remat = Remat()
+    # Each call of the ViT (vit.frames_per_call frames) is computed again as a whole, its policy
+    # applies within: then activations do not grow with the number of frames.
+    vit_calls: bool = False
+    # The ViT's layers stand one after another in the program instead of in a loop, which would copy
+    # what is kept for the backward pass into and out of arrays of all layers. Compiles for longer.
+    vit_unrolled: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,7 +324,7 @@ class TrainConfig:
     accumulation: int  # microbatches that a batch is cut into
     optimizer: OptimizerConfig
     z_loss: float  # weight of log(Z)^2
-    remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
+    remat: RematConfig
     checkpoint: CheckpointConfig
     log_every: int
     eval_every: int  # 0: only at the end

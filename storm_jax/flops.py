@@ -32,6 +32,7 @@ class Work:
 
     frames: int
     tokens: int  # text and visual tokens
+    scored: int  # tokens with a target: scores of the vocabulary are needed of them alone
     attended: int  # pairs of query and key that causal attention visits
 
     @classmethod
@@ -41,6 +42,7 @@ class Work:
         return cls(
             frames=int((batch["frame_segments"] >= 0).sum()),
             tokens=int(there.sum()),
+            scored=int((batch["targets"] >= 0).sum()),
             attended=int((batch["positions"][there].astype(np.int64) + 1).sum()),
         )
 
@@ -64,12 +66,16 @@ def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:
 
     H, K, C = decoder.heads, decoder.kv_heads, decoder.head_dim
     layer = D * C * (2 * H + 2 * K) + 3 * D * decoder.mlp
-    per_token = 2 * (decoder.layers * layer + D * decoder.vocab_size)
+    head = 2 * D * decoder.vocab_size
     return {
         "vit": work.frames * per_frame,
         "projector": work.frames * config.frame_tokens * 2 * config.projector.shuffle**2 * D_v * D,
         "temporal": work.frames * config.frame_tokens * 2 * temporal.layers * mixer,
-        "decoder": work.tokens * per_token + 4 * decoder.layers * H * C * work.attended,
+        "decoder": (
+            work.tokens * 2 * decoder.layers * layer
+            + work.scored * head
+            + 4 * decoder.layers * H * C * work.attended
+        ),
     }
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from storm_jax.config import VISUAL, ModelConfig
+from storm_jax.config import VISUAL, ModelConfig, Remat
 from storm_jax.interop.files import WeightsError
-from storm_jax.models.layers import Stack
+from storm_jax.models.layers import KEEP_ALL, Stack
 from storm_jax.models.storm import Params, StormModel
 from storm_jax.models.vit import normalise
 
@@ -98,7 +98,7 @@ class _RecordedStack:
     def __init__(self, stack: Stack, first: str, each: str, stages: dict[str, jax.Array]):
         self._stack, self._first, self._each, self._stages = stack, first, each, stages
 
-    def scan(self, body: Callable, x, xs=None, *, remat: str = "none"):
+    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL, unrolled: bool = False):
         """As `Stack.scan`."""
 
         def recorded(module, x, slice_):
@@ -107,7 +107,7 @@ class _RecordedStack:
 
         if self._first:
             self._stages[self._first] = x
-        x, (outs, ys) = self._stack.scan(recorded, x, xs, remat=remat)
+        x, (outs, ys) = self._stack.scan(recorded, x, xs, remat=remat, unrolled=unrolled)
         for i in range(self._stack.count):
             self._stages[f"{self._each} {i}"] = outs[i]
         return x, ys

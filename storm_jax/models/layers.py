@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from storm_jax.config import Remat
 from storm_jax.parallel import sharding
 from storm_jax.parallel.sharding import Axes
 
@@ -25,7 +26,8 @@ def parameter(value: jax.Array, *axes: str | None) -> nnx.Param:
 class Linear(nnx.Module):
     """x @ w + b over the last axes of x.
 
-    Weights start normal with variance 1 / inputs, biases at zero.
+    Weights start normal with variance 1 / inputs, biases at zero. The bias is added in float32, so
+    that its gradient, a sum over all tokens, is one in float32.
     """
 
     def __init__(
@@ -47,14 +49,48 @@ class Linear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.product(x, self.whole_weight(x.dtype))
+        return add_bias(y, self.whole_bias()).astype(x.dtype) if self.has_bias else y
+
+    def product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """x @ weight over the last axes of x, in the dtype of x; `weight` has this map's axes."""
         n = self.contracted
-        w = sharding.gathered(self.weight[...].astype(x.dtype), self.axes)
         dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         # Batch axes keep their layout; a contraction over a split axis is summed here.
-        y = _product(x, w, dims, lambda x, w: (*x[: len(x) - n], *w[n:]))
-        if self.has_bias:
-            y = y + sharding.gathered(self.bias[...].astype(x.dtype), self.axes[n:])
-        return y
+        return _product(x, weight, dims, lambda x, w: (*x[: len(x) - n], *w[n:]))
+
+    def whole_weight(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight as it is used, see `sharding.gathered`."""
+        return sharding.gathered(self.weight[...].astype(dtype), self.axes)
+
+    def whole_bias(self) -> jax.Array:
+        """The bias as it is used, float32."""
+        bias = self.bias[...].astype(jnp.float32)
+        return sharding.gathered(bias, self.axes[self.contracted :])
+
+    def with_constant(self, x: jax.Array, constant: jax.Array) -> jax.Array:
+        """The result for x + constant, which has the contracted axes and is float32."""
+        n = self.contracted
+        w = self.whole_weight(x.dtype)
+        dims = (tuple(range(n)), tuple(range(n)))
+        exact = w.astype(jnp.float32)
+        moved = _product(constant, exact, dims, lambda _, w: w[n:], exact=True)
+        return add_bias(self.product(x, w), moved + self.whole_bias()).astype(x.dtype)
+
+    def after(self, norm: "LayerNorm", dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Weight and bias that act on `norm.normalised(x)` as this map acts on `norm(x)`.
+
+        (y s + t) w + b = y (s w) + (t w + b): the gradients of s and t then come from that of the
+        weight, and not from two more sums over all tokens. For one contracted axis.
+
+        Returns:
+          The weight in `dtype`, the bias in float32.
+        """
+        w = self.whole_weight(dtype)
+        scale = norm.scale[...].astype(jnp.float32).reshape(-1, *[1] * (w.ndim - 1))
+        shift = norm.bias[...].astype(jnp.float32)
+        moved = _product(shift, w.astype(jnp.float32), ((0,), (0,)), lambda _, w: w[1:], exact=True)
+        return (w * scale).astype(dtype), moved + self.whole_bias()
 
     def to_channels_first(self, x_BLD: jax.Array) -> jax.Array:
         """[B, L, D] -> [*outputs, B, L], for one contracted axis and no bias.
@@ -70,13 +106,45 @@ class Linear(nnx.Module):
         return _product(x_BDL, w, ((1,), (0,)), lambda x, w: (x[0], x[2], *w[1:]))
 
 
-def _product(left: jax.Array, right: jax.Array, contracted, out_spec) -> jax.Array:
-    """`dot_general` without batch axes; `out_spec` of both partitions is the result's."""
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y + bias, whose axes are the last ones of y; float32.
+
+    The gradient of the bias is the float32 sum of y's gradient in the dtype of y. Left to itself,
+    XLA writes that gradient to memory once in float32 for the sum and once in the dtype of y.
+    """
+    return y.astype(jnp.float32) + bias
+
+
+def _add_bias_fwd(y, bias):
+    return add_bias(y, bias), (jnp.zeros((), y.dtype), bias.ndim)
+
+
+def _add_bias_bwd(residuals, gradient):
+    like, axes = residuals
+    dy = jax.lax.optimization_barrier(gradient.astype(like.dtype))
+    summed = tuple(range(dy.ndim - axes))
+    return dy, jnp.sum(dy, axis=summed, dtype=jnp.float32)
+
+
+add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
+
+
+def _product(
+    left: jax.Array, right: jax.Array, contracted, out_spec, *, exact: bool = False
+) -> jax.Array:
+    """`dot_general` without batch axes; `out_spec` of both partitions is the result's.
+
+    Args:
+      exact: with all digits of float32.
+    """
     out = None
     if sharding.active_mesh() is not None:
         specs = [tuple(jax.typeof(x).sharding.spec) for x in (left, right)]
         out = PartitionSpec(*out_spec(*specs))
-    return jax.lax.dot_general(left, right, (contracted, ((), ())), out_sharding=out)
+    precision = "highest" if exact else None
+    dims = (contracted, ((), ()))
+    return jax.lax.dot_general(left, right, dims, precision=precision, out_sharding=out)
 
 
 class RMSNorm(nnx.Module):
@@ -103,14 +171,21 @@ class LayerNorm(nnx.Module):
         self.bias = parameter(jnp.zeros(width), None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        y = self._normalised(x)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+    def normalised(self, x: jax.Array) -> jax.Array:
+        """(x - mean) / std, for a map that has w and b in it (`Linear.after`)."""
+        return self._normalised(x).astype(x.dtype)
+
+    def _normalised(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, looked up by token id and, when tied, multiplied for logits."""
+    """A table of vectors, looked up by token id."""
 
     def __init__(self, vocab_size: int, width: int, scale: float, *, rngs: nnx.Rngs):
         table = scale * jax.random.normal(rngs.params(), (vocab_size, width))
@@ -125,24 +200,23 @@ class Embedding(nnx.Module):
             out = PartitionSpec(*jax.typeof(ids).sharding.spec, None)
         return table.at[ids].get(mode="clip", out_sharding=out)
 
-    def logits(self, x_BSD: jax.Array) -> jax.Array:
-        """Scores of every token, float32 [B, S, V]."""
-        return _logits(x_BSD, self.table[...], ("vocab", "embed"), contract=1)
-
 
 class Head(nnx.Module):
-    """Scores of every token from a matrix of its own."""
+    """The matrix of `vocabulary_scores` where it is not the embedding's."""
 
     def __init__(self, width: int, vocab_size: int, *, rngs: nnx.Rngs):
         weight = jax.random.normal(rngs.params(), (width, vocab_size)) / math.sqrt(width)
         self.weight = parameter(weight, "embed", "vocab")
 
-    def logits(self, x_BSD: jax.Array) -> jax.Array:
-        """Scores of every token, float32 [B, S, V]."""
-        return _logits(x_BSD, self.weight[...], ("embed", "vocab"), contract=0)
 
+def vocabulary_scores(x_BSD: jax.Array, weight: jax.Array, *, transposed: bool) -> jax.Array:
+    """Scores of every token, float32 [B, S, V].
 
-def _logits(x_BSD: jax.Array, weight: jax.Array, axes: Axes, contract: int) -> jax.Array:
+    Args:
+      weight: [D, V] of a `Head`, or with `transposed` [V, D] of an `Embedding`.
+    """
+    axes = ("vocab", "embed") if transposed else ("embed", "vocab")
+    contract = 1 if transposed else 0
     w = sharding.gathered(weight.astype(x_BSD.dtype), axes)
     out = None
     if sharding.active_mesh() is not None:
@@ -175,6 +249,36 @@ def rotate(x_BSHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHC.dtype)
 
 
+KEEP_ALL = Remat()
+
+
+def rematerialised(f: Callable, remat: Remat, *, in_loop: bool = True) -> Callable:
+    """`f`, whose backward pass computes again what `remat` says.
+
+    Args:
+      in_loop: `f` is the body of a scan, so that XLA cannot take what is computed again for what it
+        has already.
+    """
+    offered = jax.checkpoint_policies
+    match remat.policy:
+        case "none":
+            return f
+        case "dots":
+            policy = offered.dots_with_no_batch_dims_saveable
+        case "names":
+            policy = offered.save_only_these_names(*remat.saved)
+        case "offload":
+            policy = offered.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=list(remat.saved),
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        case "full":
+            policy = offered.nothing_saveable
+    return jax.checkpoint(f, policy=policy, prevent_cse=not in_loop)
+
+
 class Stack(nnx.Module):
     """`count` modules of one kind; their parameters carry a leading "layers" axis."""
 
@@ -183,15 +287,15 @@ class Stack(nnx.Module):
         self.layers = jax.vmap(lambda key: build(nnx.Rngs(key)))(keys)
         self.count = count
 
-    def scan(self, body: Callable, x, xs=None, *, remat: str = "none"):
+    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL, unrolled: bool = False):
         """Runs `x, y = body(module, x, xs[i])` for every module in order.
 
         Args:
           body: sees one unstacked module.
           x: carried array or tree.
           xs: tree with a leading axis of `count`, one slice a module, or None.
-          remat: what the backward pass recomputes, "none", "dots" (all but matrix products) or
-            "full" (everything but the carried value).
+          remat: what the backward pass recomputes of each module.
+          unrolled: without a loop.
 
         Returns:
           (x, ys) with the ys stacked.
@@ -202,10 +306,5 @@ class Stack(nnx.Module):
             layer_state, slice_ = inputs
             return body(nnx.merge(graph, layer_state), x, slice_)
 
-        policies = {
-            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            "full": jax.checkpoint_policies.nothing_saveable,
-        }
-        if remat != "none":
-            step = jax.checkpoint(step, policy=policies[remat], prevent_cse=False)
-        return jax.lax.scan(step, x, (state, xs))
+        step = rematerialised(step, remat, in_loop=not unrolled)
+        return jax.lax.scan(step, x, (state, xs), unroll=self.count if unrolled else 1)

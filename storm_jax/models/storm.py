@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from storm_jax.config import VISUAL, ModelConfig
+from storm_jax.config import VISUAL, ModelConfig, RematConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.models.projector import Projector
 from storm_jax.models.reduction import reduce_tokens
@@ -18,6 +18,7 @@ from storm_jax.parallel import sharding
 from storm_jax.parallel.sharding import Axes
 
 Params = dict[str, Any]  # nested, arrays at the leaves; the first level is one of PARTS
+_KEEP_ALL = RematConfig()
 PARTS = ("vit", "projector", "temporal", "decoder")
 
 
@@ -44,7 +45,7 @@ class Storm(nnx.Module):
         frame_segments_BF: jax.Array,
         frame_groups_BF: jax.Array,
         groups: int,
-        remat: str = "none",
+        remat: RematConfig = _KEEP_ALL,
     ) -> jax.Array:
         """The visual tokens that the decoder sees.
 
@@ -53,18 +54,20 @@ class Storm(nnx.Module):
           frame_segments_BF: int32, the video that a frame belongs to; -1: padding.
           frame_groups_BF: int32, see `reduce_tokens`.
           groups: pooled frames that a row has room for.
-          remat: what the backward pass recomputes, see `Stack.scan`.
+          remat: what the backward pass recomputes.
 
         Returns:
           [B, groups * group_tokens, D].
         """
         with jax.named_scope("vit"):
-            x_BFND = self.vit(frames_BFHWC, self.dtype, remat)
+            x_BFND = self.vit(
+                frames_BFHWC, self.dtype, remat.vit, remat.vit_calls, remat.vit_unrolled
+            )
         with jax.named_scope("projector"):
             x_BFND = self.projector(x_BFND)
         if self.temporal is not None:
             with jax.named_scope("temporal"):
-                x_BFND = self.temporal(x_BFND, frame_segments_BF, remat)
+                x_BFND = self.temporal(x_BFND, frame_segments_BF, remat.temporal)
         with jax.named_scope("reduction"):
             pool = self.config.reduction.spatial_pool
             return reduce_tokens(x_BFND, frame_groups_BF, groups, pool)
@@ -84,7 +87,7 @@ class Storm(nnx.Module):
         merge = sharding.per_device(merge, (axes, axes, ("batch", None)), axes)
         return merge(text, visual_BVD, tokens_BS)
 
-    def __call__(self, batch: dict[str, jax.Array], remat: str = "none") -> jax.Array:
+    def __call__(self, batch: dict[str, jax.Array], remat: RematConfig = _KEEP_ALL) -> jax.Array:
         """Final hidden states of a packed batch (`data.packing` has the layout), [B, S, D]."""
         S, F = batch["tokens"].shape[1], batch["frames"].shape[1]
         visual = None
@@ -95,7 +98,8 @@ class Storm(nnx.Module):
             )
         x_BSD = self.embed(batch["tokens"], visual)
         with jax.named_scope("decoder"):
-            return self.decoder(x_BSD, batch["positions"], batch["segments"], remat=remat)[0]
+            how = remat.decoder
+            return self.decoder(x_BSD, batch["positions"], batch["segments"], remat=how)[0]
 
 
 @dataclass(frozen=True)

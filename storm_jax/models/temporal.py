@@ -11,9 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from storm_jax.config import TemporalConfig
-from storm_jax.models.layers import LayerNorm, Linear, Stack, parameter
+from storm_jax.config import Remat, TemporalConfig
+from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Stack, parameter
 from storm_jax.parallel import sharding
 from storm_kernels.causal_conv1d import causal_conv1d
 from storm_kernels.selective_scan import Layout, preferred_layout, selective_scan
@@ -108,10 +109,11 @@ class MambaLayer(nnx.Module):
         # The projections write the layout that the platform's scan reads fastest.
         layout = preferred_layout(x_BLD)
         if layout == "bld":
-            projected = self.in_proj(self.norm(x_BLD))
+            projected = checkpoint_name(self.in_proj(self.norm(x_BLD)), "mamba")
             u, z = projected[:, :, 0], projected[:, :, 1]
         else:
-            u, z = jnp.swapaxes(self.in_proj.to_channels_first(self.norm(x_BLD)), 1, 2)
+            projected = self.in_proj.to_channels_first(self.norm(x_BLD))
+            u, z = jnp.swapaxes(checkpoint_name(projected, "mamba"), 1, 2)
         y = self.forward(u, segments_BL, layout)
         if self.backward is not None:
             y = y + self.backward(u, segments_BL, layout)
@@ -128,13 +130,13 @@ class TemporalEncoder(nnx.Module):
         self.blocks = Stack(lambda r: MambaLayer(config, width, r), config.layers, rngs=rngs)
 
     def __call__(
-        self, x_BFND: jax.Array, frame_segments_BF: jax.Array, remat: str = "none"
+        self, x_BFND: jax.Array, frame_segments_BF: jax.Array, remat: Remat = KEEP_ALL
     ) -> jax.Array:
         """Args:
           x_BFND: tokens of every frame.
           frame_segments_BF: int32, the video that a frame belongs to; negative: padding, which
             neither changes a state nor reaches a neighbour.
-          remat: what the backward pass recomputes, see `Stack.scan`.
+          remat: what the backward pass recomputes, see `Remat`.
 
         Returns:
           [B, F, N, D].

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from storm_jax.config import VitConfig
-from storm_jax.models.attention import attention
-from storm_jax.models.layers import LayerNorm, Linear, Stack, parameter
+from storm_jax.config import Remat, VitConfig
+from storm_jax.models.attention import self_attention
+from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Stack, add_bias, parameter
 from storm_jax.parallel.sharding import reshape, shard
 
 
@@ -30,10 +31,20 @@ class VitBlock(nnx.Module):
         self.scale = C**-0.5
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
-        h = self.norm1(x_BND)
-        h = attention(self.query(h), self.key(h), self.value(h), scale=self.scale)
-        x_BND = x_BND + self.out(h)
-        return x_BND + self.down(jax.nn.gelu(self.up(self.norm2(x_BND)), approximate=True))
+        dtype = x_BND.dtype
+        h = self.norm1.normalised(x_BND)
+        (w_q, b_q), (w_k, _), (w_v, b_v) = (
+            linear.after(self.norm1, dtype) for linear in (self.query, self.key, self.value)
+        )
+        q = add_bias(self.query.product(h, w_q), b_q).astype(dtype)
+        # What is added to all keys adds one number to all scores of a query, which the softmax
+        # takes away again. What is added to all values comes out unchanged, for weights add to 1.
+        k, v = self.key.product(h, w_k), self.value.product(h, w_v)
+        h = self_attention(q, k, v, causal=False, scale=self.scale)
+        x_BND = x_BND + self.out.with_constant(h, b_v)
+        w, b = self.up.after(self.norm2, dtype)
+        h = checkpoint_name(self.up.product(self.norm2.normalised(x_BND), w), "mlp")
+        return x_BND + self.down(jax.nn.gelu(add_bias(h, b), approximate=True).astype(dtype))
 
 
 class Vit(nnx.Module):
@@ -51,13 +62,23 @@ class Vit(nnx.Module):
         self.blocks = Stack(lambda r: VitBlock(config, r), used, rngs=rngs)
         self.norm = LayerNorm(config.width, config.norm_eps) if config.output_layer == -1 else None
 
-    def __call__(self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: str = "none") -> jax.Array:
+    def __call__(
+        self,
+        frames_BFHWC: jax.Array,
+        dtype: jnp.dtype,
+        remat: Remat = KEEP_ALL,
+        remat_calls: bool = False,
+        unrolled: bool = False,
+    ) -> jax.Array:
         """Encodes frames, `frames_per_call` of each row at a time.
 
         Args:
           frames_BFHWC: uint8 [B, F, image_size, image_size, 3].
           dtype: of the computation and the result.
-          remat: what the backward pass recomputes, see `Stack.scan`.
+          remat: what the backward pass recomputes of each layer.
+          remat_calls: the backward pass runs each call forward again, and so holds the activations
+            of one call at a time.
+          unrolled: layers without a loop.
 
         Returns:
           Patch features [B, F, N, D_v], N = grid^2, row by row.
@@ -65,7 +86,7 @@ class Vit(nnx.Module):
         F, at_once = frames_BFHWC.shape[1], self.config.frames_per_call
         calls = math.ceil(F / at_once) if at_once else 1
         if calls == 1:
-            return self._encode(frames_BFHWC, dtype, remat)
+            return self._encode(frames_BFHWC, dtype, remat, unrolled)
         # Equal shares waste the fewest padding frames.
         share = math.ceil(F / calls)
         padding = ((0, 0), (0, calls * share - F), (0, 0), (0, 0), (0, 0))
@@ -75,15 +96,17 @@ class Vit(nnx.Module):
         graph, state = nnx.split(self)
 
         def encode(state, frames):
-            return nnx.merge(graph, state)._encode(frames, dtype, remat)
+            return nnx.merge(graph, state)._encode(frames, dtype, remat, unrolled)
 
-        if remat != "none":  # the backward pass holds one share's activations at a time
+        if remat_calls:
             encode = jax.checkpoint(encode, prevent_cse=False)
         features = jax.lax.map(lambda x: encode(state, x), jnp.moveaxis(frames, 1, 0))
         features = jnp.moveaxis(features, 0, 1)
         return reshape(features, B, calls * share, *features.shape[3:])[:, :F]
 
-    def _encode(self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: str) -> jax.Array:
+    def _encode(
+        self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: Remat, unrolled: bool
+    ) -> jax.Array:
         B, F = frames_BFHWC.shape[:2]
         grid, patch = self.config.grid, self.config.patch_size
         side = grid * patch  # a remainder of pixels is not seen: 384 = 27 * 14 + 6
@@ -94,7 +117,9 @@ class Vit(nnx.Module):
         positions = resize_positions(self.positions[...], grid)
         positions = shard(positions, None, None).astype(dtype)
         x_BND = x + positions
-        x_BND, _ = self.blocks.scan(lambda block, x, _: (block(x), None), x_BND, remat=remat)
+        x_BND, _ = self.blocks.scan(
+            lambda block, x, _: (block(x), None), x_BND, remat=remat, unrolled=unrolled
+        )
         if self.norm is not None:
             x_BND = self.norm(x_BND)
         return reshape(x_BND, B, F, grid * grid, self.config.width)

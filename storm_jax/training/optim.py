@@ -1,8 +1,10 @@
-"""AdamW with warm-up and cosine decay, one peak learning rate for each part of the model."""
+"""AdamW or Adafactor with warm-up and cosine decay, one peak learning rate for each part."""
 
 from collections.abc import Hashable
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from storm_jax.config import ConfigError, OptimizerConfig
@@ -54,11 +56,29 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     }
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        _scaled(config),
         optax.add_decayed_weights(config.weight_decay, matrices),
         optax.scale_by_schedule(schedule(config, steps)),
         optax.partition(rates, part_of),
     )
+
+
+def _scaled(config: OptimizerConfig) -> optax.GradientTransformation:
+    if config.kind == "adafactor":
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    first_moment = jnp.dtype(config.first_moment)
+    return optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=first_moment)
+
+
+def update(
+    optimizer: optax.GradientTransformation, grads: Params, state: Any, params: Params
+) -> tuple[Params, Any]:
+    """`optimizer.update`, with the new state laid out over the mesh as the old one."""
+    updates, new = optimizer.update(grads, state, params)
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Sums over a split axis would come out in a layout of their own.
+        new = jax.tree.map(lambda x, old: jax.reshard(x, jax.typeof(old).sharding), new, state)
+    return cast(Params, updates), new
 
 
 def _decays(path, _) -> bool:

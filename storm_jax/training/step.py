@@ -10,8 +10,8 @@ import optax
 from storm_jax.config import TrainConfig
 from storm_jax.models.storm import Params, StormModel
 from storm_jax.parallel.sharding import reshape
-from storm_jax.training.loss import LossSums, loss_sums, token_scores
-from storm_jax.training.optim import schedule, split_parts, trainable_parts
+from storm_jax.training.loss import LossSums, loss_sums, position_scores
+from storm_jax.training.optim import schedule, split_parts, trainable_parts, update
 from storm_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]  # see data.packing
@@ -55,7 +55,7 @@ def make_train_step(
         sums, grads = gradients(trained, frozen, batch)
         count = jnp.maximum(sums.tokens, 1)
         grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        updates, opt_state = update(optimizer, grads, state.opt_state, trained)
         params = {**cast(Params, optax.apply_updates(trained, updates)), **frozen}
         norms = {part: _norms(grads[part]) for part in sorted(grads)}
         metrics = {
@@ -98,8 +98,7 @@ def make_eval_step(model: StormModel) -> Callable[[Params, Batch], Any]:
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         storm = model.bind(params)
-        nll, _, correct = token_scores(storm.decoder, storm(batch), batch["targets"])
-        return nll, correct
+        return position_scores(storm.decoder, storm(batch), batch["targets"])
 
     return eval_step
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from storm_jax.config import ConfigError, VitConfig
+from storm_jax.config import ConfigError, Remat, VitConfig
 from storm_jax.models.vit import Vit, normalise, resize_positions
 from tests.compilation import FUSED
 from tests.models.references import pixels, randomise, vit_params, with_params
@@ -60,8 +60,10 @@ def params_of(siglip, vit_config) -> dict:
     return vit_params(siglip, LAYERS if last else LAYERS - 1, final_norm=last)
 
 
-def features(vit_config, params, images, remat="none"):
-    return with_params(lambda: Vit(vit_config, nnx.Rngs(0)), params)(images, jnp.float32, remat)
+def features(vit_config, params, images, remat="none", calls=False, unrolled=False):
+    return with_params(lambda: Vit(vit_config, nnx.Rngs(0)), params)(
+        images, jnp.float32, Remat(remat, ("attention",)), calls, unrolled
+    )
 
 
 def reference(siglip, images, output_layer):
@@ -127,11 +129,11 @@ def loss_and_gradient(siglip):
     images = frames(30)
     weights = np.random.default_rng(2).normal(size=(ROWS, FRAMES, 16, WIDTH)).astype(np.float32)
 
-    def run(frames_per_call, remat="none"):
+    def run(frames_per_call, remat="none", calls=False, unrolled=False):
         vit_config = config(30, frames_per_call=frames_per_call)
 
         def loss(params):
-            out = features(vit_config, params, images, remat)
+            out = features(vit_config, params, images, remat, calls, unrolled)
             return jnp.sum(jnp.sin(out) * weights), out
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FUSED)
@@ -148,18 +150,25 @@ def all_at_once(loss_and_gradient):
 
 # 5 frames: shares of 1, of 2 (one frame of padding), of 3 (5 = 3 + 2), more than there are.
 @pytest.mark.parametrize(
-    "frames_per_call,remat",
+    "frames_per_call,remat,calls,unrolled",
     [
-        (2, "full"),
-        (3, "none"),
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(1, "none"), (8, "none")]),
-        *(pytest.param(0, r, marks=pytest.mark.slow) for r in ("full", "dots")),
+        (2, "full", True, False),
+        (3, "none", False, True),
+        *(
+            pytest.param(*p, marks=pytest.mark.slow)
+            for p in [
+                (1, "none", True, False),
+                (8, "none", False, False),
+                (2, "names", False, True),
+            ]
+        ),
+        *(pytest.param(0, r, False, False, marks=pytest.mark.slow) for r in ("full", "dots")),
     ],
 )
 def test_micro_batches_and_remat_change_nothing(
-    loss_and_gradient, all_at_once, frames_per_call, remat
+    loss_and_gradient, all_at_once, frames_per_call, remat, calls, unrolled
 ):
-    out, grads = loss_and_gradient(frames_per_call, remat)
+    out, grads = loss_and_gradient(frames_per_call, remat, calls, unrolled)
     np.testing.assert_allclose(out, all_at_once[0], atol=5e-6, rtol=0)
 
     def close(ours, theirs):
@@ -178,7 +187,7 @@ def test_micro_batches_bound_the_memory_of_many_frames(siglip, remat):
     def temporaries(frames_per_call):
         def total(params, images):
             return features(
-                config(28, frames_per_call=frames_per_call), params, images, remat
+                config(28, frames_per_call=frames_per_call), params, images, remat, remat == "full"
             ).sum()
 
         f = total if remat == "none" else jax.grad(total)

@@ -8,8 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from storm_jax.config import ConfigError, OptimizerConfig, PartRates
-from storm_jax.training.optim import make_optimizer, schedule, split_parts, trainable_parts
+from storm_jax.config import ConfigError, MeshConfig, OptimizerConfig, PartRates
+from storm_jax.parallel.mesh import make_mesh
+from storm_jax.training.optim import (
+    make_optimizer,
+    schedule,
+    split_parts,
+    trainable_parts,
+    update,
+)
 
 CONFIG = OptimizerConfig(
     rates=PartRates(vit=0.0, projector=1e-2, temporal=3e-2, decoder=1e-3),
@@ -95,3 +102,44 @@ def test_frozen_parts_have_no_state():
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ConfigError, match="nothing would be trained"):
         trainable_parts(OptimizerConfig(rates=PartRates(0.0, 0.0, 0.0, 0.0)))
+
+
+def test_adafactor_on_a_mesh_equals_optax_alone_and_keeps_its_layout():
+    """Both axes of the matrix are split, and its state is sums over each of them."""
+    config = dataclasses.replace(CONFIG, kind="adafactor", warmup_fraction=0.0, weight_decay=0.0)
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(256, 128)).astype(np.float32)
+    grads = [rng.normal(size=weight.shape).astype(np.float32) for _ in range(3)]
+    rates = schedule(config, 3)
+    alone = optax.adafactor(
+        lambda step: 1e-3 * rates(step), multiply_by_parameter_scale=False, clipping_threshold=1.0
+    )
+    expected, state = weight, alone.init(weight)
+    for grad in grads:
+        updates, state = alone.update(grad, state, expected)
+        expected = optax.apply_updates(expected, updates)
+
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    optimizer = make_optimizer(config, 3)
+    layout = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
+    with jax.set_mesh(mesh):
+        tree = {"decoder": {"weight": jax.device_put(weight, layout)}}
+        state = jax.jit(optimizer.init)(tree)
+        layouts = jax.tree.map(lambda x: x.sharding.spec, state)
+        step = jax.jit(lambda g, s, p: update(optimizer, g, s, p))
+        for grad in grads:
+            updates, state = step(
+                {"decoder": {"weight": jax.device_put(grad, layout)}}, state, tree
+            )
+            tree = optax.apply_updates(tree, updates)
+            assert jax.tree.map(lambda x: x.sharding.spec, state) == layouts
+    sizes = [x.size for x in jax.tree.leaves(state)]
+    assert max(sizes) == 256  # a row or a column, never the matrix
+    np.testing.assert_allclose(tree["decoder"]["weight"], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_first_moment_in_bfloat16():
+    config = dataclasses.replace(CONFIG, first_moment="bfloat16")
+    trained = split_parts(params(), trainable_parts(config))[0]
+    dtypes = {x.dtype.name for x in jax.tree.leaves(make_optimizer(config, 4).init(trained))}
+    assert dtypes == {"bfloat16", "float32", "int32"}
