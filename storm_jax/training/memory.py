@@ -59,8 +59,12 @@ def remedies(config: RunConfig, activations: bool) -> list[str]:
             f"train.accumulation={2 * train.accumulation}: microbatches of {max(1, rows // 2)} rows"
             f" in place of {rows}; more where the mesh allows"
         )
-    if activations and train.remat != "full":
-        found.append(f"train.remat=full in place of {train.remat}: activations are recomputed")
+    for part in ("decoder", "vit", "temporal"):
+        policy = getattr(train.remat, part).policy
+        if activations and policy != "full":
+            found.append(f"train.remat.{part}.policy=full in place of {policy}")
+    if activations and not train.remat.vit_calls:
+        found.append("train.remat.vit_calls=True")
     frames = config.model.vit.frames_per_call or config.data.row_frames
     if activations and frames > 1:
         found.append(f"model.vit.frames_per_call={frames // 2} in place of {frames}")
@@ -73,6 +77,10 @@ def remedies(config: RunConfig, activations: bool) -> list[str]:
             f"shorter rows: data.sequence_length={config.data.sequence_length},"
             f" data.row_frames={config.data.row_frames}"
         )
+    if train.optimizer.kind == "adamw":
+        if train.optimizer.first_moment == "float32":
+            found.append("train.optimizer.first_moment=bfloat16")
+        found.append("train.optimizer.kind=adafactor: next to no moments, another optimizer")
     found.append("python -m storm_jax.compile with this --config says which part takes how much")
     return found
 

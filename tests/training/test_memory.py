@@ -22,7 +22,7 @@ def test_an_allocation_that_no_machine_has():
     assert text.startswith("out of memory while training: RESOURCE_EXHAUSTED")
     assert str(1 << 46) in text or "70368744177664" in text
     assert "train.accumulation=4: microbatches of 2 rows in place of 4" in text
-    assert "train.remat=full in place of none" in text
+    assert "train.remat.vit.policy=full in place of none" in text
 
 
 def test_other_errors_pass():
@@ -31,9 +31,12 @@ def test_other_errors_pass():
 
 
 def test_only_what_is_left_is_named():
-    config = run_config(**{"train.batch": 1, "train.remat": "full", "mesh.fsdp": 4})
+    full = {f"train.remat.{part}.policy": "full" for part in ("vit", "temporal", "decoder")}
+    more = {"train.batch": 1, "train.remat.vit_calls": True, "mesh.fsdp": 4}
+    config = run_config(**full, **more, **{"train.optimizer.kind": "adafactor"})
     text = message("training", GPU, config, activations=True)
     assert "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes" in text
     assert "BufferAssignment" not in text
-    assert "accumulation" not in text and "remat" not in text and "mesh.fsdp (now 4)" in text
+    assert "mesh.fsdp (now 4)" in text
+    assert not any(name in text for name in ("accumulation", "remat", "moment"))
     assert "sequence_length" not in message("making the state", GPU, config, activations=False)
