@@ -38,5 +38,5 @@ def test_only_what_is_left_is_named():
     assert "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes" in text
     assert "BufferAssignment" not in text
     assert "mesh.fsdp (now 4)" in text
-    assert not any(name in text for name in ("accumulation", "remat", "moment"))
+    assert not any(name in text for name in ("accumulation", "remat", "first_moment"))
     assert "sequence_length" not in message("making the state", GPU, config, activations=False)
