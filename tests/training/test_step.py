@@ -151,7 +151,7 @@ def test_updates_that_are_not_finite_are_skipped_if_asked(one_device):
     for name in ("loss", "grad_norm", "grad_norm/vit"):
         assert float(metrics[name]) == pytest.approx(one_device[2][0][name], rel=1e-5)
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), good.params, state.params)
-    assert all(jax.tree.leaves(moved))
+    assert all(any(jax.tree.leaves(tree)) for tree in moved.values())
     # Not finite: nothing but the position in the data changes.
     assert not np.isfinite(lost["loss"]) and lost["skipped"] == 1 and int(after.step) == 1
     jax.tree.map(np.testing.assert_array_equal, after.params, broken.params)
