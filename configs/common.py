@@ -99,8 +99,11 @@ def size_of(arg: str | None, default: str) -> str:
 
 
 def source(path: str, media_root: str = "", weight: float = 1.0) -> ConfigDict:
-    """One data set: annotation file, folder of its media ("": beside the file), share."""
-    return ConfigDict(dict(path=path, media_root=media_root, weight=weight))
+    """One data set: its file or files, folder of its media ("": beside them), share."""
+    c = ConfigDict(dict(path=path, media_root=media_root, weight=weight))
+    c.format = ""  # as the path's ending says
+    c.split = "train"  # of a TFDS data set
+    return c
 
 
 def run(name: str, size: str) -> ConfigDict:

@@ -176,9 +176,15 @@ class ModelConfig:
 class SourceConfig:
     """One data set of the mixture."""
 
-    path: str  # JSON, JSONL; see docs/data.md
+    # A file, several ("train-*.tar", "{a,b}.jsonl", "{000..127}.parquet"), or a folder of TFDS;
+    # docs/data.md describes the formats.
+    path: str
     media_root: str = ""  # media paths are relative to it; "": the folder of `path`
     weight: float = 1.0  # share of the samples, relative to the other sources
+    # "": as the path's ending says: .json .jsonl .array_record .arrayrecord .tar .parquet .yaml,
+    # or a folder that holds dataset_info.json
+    format: Literal["", "json", "array_record", "tfds", "webdataset", "parquet", "mixture"] = ""
+    split: str = "train"  # of a TFDS data set
 
 
 @dataclass(frozen=True)

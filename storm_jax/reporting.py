@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from storm_jax.config import RunConfig
+from storm_jax.data.load import LoadMeter
 from storm_jax.data.pipeline import Batch, BatchInfo
 from storm_jax.data.sources import BadRecord
 from storm_jax.flops import Work, peak_flops, training_flops
@@ -45,6 +46,7 @@ class Report:
         peak = peak_flops(jax.devices()[0].device_kind)
         local_peak = None if peak is None else peak * jax.local_device_count()
         self._progress = Progress(start_step, config.train.steps, local_peak)
+        self._load = LoadMeter()
         self._pending: tuple[int, Batch, Metrics, float] | None = None
 
     def add(self, step: int, batch: Batch, metrics: Metrics, waited: float) -> None:
@@ -69,6 +71,7 @@ class Report:
         if self._pending is None:
             return
         (step, batch, metrics, waited), self._pending = self._pending, None
+        self._load.add(batch.info.load)
         work = Work.of(batch.arrays)
         self._progress.add(
             work.tokens, work.frames, training_flops(self._config.model, work, self._parts), waited
@@ -82,6 +85,7 @@ class Report:
         if not logs and step % self._config.train.log_every:
             return
         values.update(self._progress.rates())
+        values.update(self._load.rates())
         values["skipped_total"] = self._health.skipped
         values["bad_records"] = self._bad_records.count
         self._writer.write(step, values)

@@ -120,8 +120,8 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
             batch=config.train.batch,
             steps=config.train.steps,
             start_step=start_step,
-            process_index=share.index,
-            process_count=share.count,
+            share_index=share.index,
+            share_count=share.count,
         )
         evaluates = bool(config.train.eval_samples and config.data.eval)
         if evaluates:  # mistakes in the held-out set end the run now rather than after it
@@ -167,8 +167,8 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
             tokenizer,
             batch=config.train.batch,
             samples=config.train.eval_samples,
-            process_index=share.index,
-            process_count=share.count,
+            share_index=share.index,
+            share_count=share.count,
         )
         bad_records.log(held_out.known_bad)
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections import deque
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -61,9 +61,19 @@ class VideoReader:
     read from a stalled disk, nor the decoding of one single packet.
     """
 
-    def __init__(self, source: str | bytes, timeout: float | None = None):
-        """Opens `source`, a path or the file's bytes; all work must end in `timeout` seconds."""
-        self.path = source if isinstance(source, str) else f"<{len(source)} bytes>"
+    def __init__(
+        self, source: str | bytes | BinaryIO, timeout: float | None = None, name: str = ""
+    ):
+        """Opens `source`; all work must end in `timeout` seconds.
+
+        Args:
+          source: a path, the file's bytes, or a binary file that is open and seekable; it stays
+            open, and nobody else may move in it meanwhile.
+          name: what errors call it; by default its path, or what it is.
+        """
+        if isinstance(source, bytes):
+            name = name or f"<{len(source)} bytes>"
+        self.path = name or (source if isinstance(source, str) else "<open file>")
         self._source = source
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -71,6 +81,7 @@ class VideoReader:
         self._gop = _GOP_GUESS
         self._has_keys = False  # known once a packet marked as a key frame was seen
         self._seekable = True
+        self._following = _NO_GOAL  # the goal after the present one
         self.duration = 0.0
         self._open()
         self._start = self._stream.start_time or 0
@@ -119,14 +130,16 @@ class VideoReader:
             before a wanted time, or the time limit is over.
         """
         pick = self._key_frame_at if keyframes_only else self._frame_at
-        reformatter = VideoReformatter()
+        to_rgb = ToRgb(size)
         frames, real, last = None, np.empty(len(times)), None
-        for i, t in enumerate(times):
-            frame = pick(self._ticks(t))
+        goals = [self._ticks(t) for t in times]
+        for i, (t, goal) in enumerate(zip(times, goals, strict=True)):
+            self._following = goals[i + 1] if i + 1 < len(goals) else _NO_GOAL
+            frame = pick(goal)
             if frames is not None and frame is last:
                 frames[i] = frames[i - 1]
             else:
-                image = to_rgb(frame, size, reformatter)
+                image = to_rgb(frame)
                 if frames is None:
                     frames = np.empty((len(times), *image.shape), np.uint8)
                 if image.shape != frames.shape[1:]:
@@ -154,8 +167,11 @@ class VideoReader:
                 raise self._error("is a folder, not a video file")
             # "file:" keeps a name such as "http:x" or "concat:x" from being taken as a protocol.
             source, empty = "file:" + self._source, _is_empty(self._source)
-        else:
+        elif isinstance(self._source, bytes):
             source, empty = io.BytesIO(self._source), not self._source
+        else:
+            source, empty = self._source, self._source.seek(0, os.SEEK_END) == 0
+            source.seek(0)
         if empty:
             raise self._error("is empty (0 bytes)")
         try:
@@ -192,6 +208,7 @@ class VideoReader:
         self._ended = False
         self._need_key = self._has_keys
         self._skipped = False  # frames that nothing refers to were passed over
+        self._goal, self._found = _NO_GOAL, _NO_GOAL  # earliest packet read at or after the goal
         self._read_dts: int | None = None  # of the packet read last
         self._read_pts: int | None = None  # largest one read
         self._read_end: int | None = None  # largest pts + duration read
@@ -305,8 +322,8 @@ class VideoReader:
             elif self._need_key and not packet.is_keyframe:
                 continue
             else:
-                # A frame before the goal need not be decoded when no other one refers to it.
-                skip = self._skips and packet.pts is not None and packet.pts < goal
+                # What is not shown need not be decoded when no other frame refers to it.
+                skip = self._skips and self._is_between(packet, goal)
                 self._skipped |= skip
                 self._context.skip_frame = "NONREF" if skip else "DEFAULT"
                 self._need_key = False
@@ -318,6 +335,24 @@ class VideoReader:
         if frame.is_corrupt:
             raise self._error(f"is damaged at {self._seconds(_pts(frame)):.2f} s")
         return frame
+
+    def _is_between(self, packet: av.Packet, goal: int) -> bool:
+        """Whether a packet's frame lies before the goal, or behind its frame and before the next.
+
+        Decoders give a frame out when they have read some of those behind it. These are not shown
+        if a packet has been read whose frame is nearer to the goal.
+        """
+        if packet.pts is None:
+            return False
+        if packet.pts < goal:
+            return True
+        if goal != self._goal:
+            self._goal, self._found = goal, _NO_GOAL
+        if _NO_GOAL < self._found < packet.pts:
+            return packet.pts < self._following
+        if not packet.is_discard:
+            self._found = packet.pts
+        return False
 
     def _read_packet(self) -> av.Packet | None:
         """The next packet of the video stream; None at the end of the file."""
@@ -437,17 +472,33 @@ class VideoReader:
         return MediaError(self.path, reason)
 
 
-def to_rgb(frame: av.VideoFrame, size: int | None, reformatter: VideoReformatter) -> np.ndarray:
-    """A decoded frame as uint8 [H, W, 3], scaled to `size` x `size` and turned upright."""
-    rgb = reformatter.reformat(
-        frame,
-        width=size,
-        height=size,
-        format="rgb24",
-        interpolation=Interpolation.BICUBIC,
-        threads=1,
-    ).to_ndarray()
-    return upright(rgb, frame)
+class ToRgb:
+    """Turns decoded frames into uint8 [H, W, 3]: scaled to `size` x `size`, upright.
+
+    Scaled to BGR first, since FFmpeg does that 2.7 times as fast on x86 as straight to RGB, and
+    with less error against 16 bits (r.m.s. 0.63 and 0.76 of 255); the swap then costs little.
+    """
+
+    def __init__(self, size: int | None):
+        """`size` is in pixels; None keeps the size of the frames."""
+        self._size = size
+        self._scale, self._swap = VideoReformatter(), VideoReformatter()  # each keeps its tables
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        scaled = frame
+        if self._size is not None:
+            scaled = self._scale.reformat(
+                frame,
+                width=self._size,
+                height=self._size,
+                format="bgr24",
+                interpolation=Interpolation.BICUBIC,
+                threads=1,
+            )
+        rgb = self._swap.reformat(
+            scaled, format="rgb24", interpolation=Interpolation.BICUBIC, threads=1
+        )
+        return upright(rgb.to_ndarray(), frame)
 
 
 def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What conversations are made of: media and turns."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import BinaryIO, Literal
 
 Kind = Literal["video", "image"]
 Role = Literal["system", "user", "assistant"]
@@ -15,7 +15,9 @@ class Media:
     path: str  # joined with the media root; a file, or a folder of frames
     start: float | None = None  # seconds; None: from the first frame
     end: float | None = None  # seconds; None: to the last frame
-    data: bytes | None = field(default=None, repr=False)  # the file, where it is in memory
+    # The file, where it does not lie at `path`, which then only names it: its bytes, or a binary
+    # file that is open and seekable.
+    data: bytes | BinaryIO | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@
     row i ──▶ read, decode, lay out ──▶ local batch = rows p, p + P, p + 2P, ... of the global one
 
 The position in the data is the step alone: step s of a run is made of the rows s * batch to
-(s + 1) * batch of the plan, of which process p of P loads each P-th from p on. So a run resumes
-with `start_step`, on any number of processes and workers, with the same global batches, and every
-process sees the same number of them. None of Grain's own state is kept: it depends on the number
-of workers and processes.
+(s + 1) * batch of the plan, of which share p of P are each P-th from p on. A process loads one
+share: the rows that its devices hold. Where a model axis of the mesh runs through several
+processes, these hold the same rows and load the same share. So a run resumes with `start_step`, on
+any number of processes and workers, with the same global batches, and every process sees the same
+number of them. None of Grain's own state is kept: it depends on the number of workers and
+processes.
 
 A record that fails is never raised and never moves another one: its row keeps its place and lacks
 that sample, and the failure is in `BatchInfo.errors`. What is known to fail before anything is
@@ -23,7 +25,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import grain
@@ -33,9 +35,10 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from storm_jax.config import DataConfig, ModelConfig
 from storm_jax.data import video
+from storm_jax.data.load import Load, Stopwatch
 from storm_jax.data.packing import Limits, Row, RowBuilder, Sample, SampleError
 from storm_jax.data.packing import row_bytes as bytes_of_row
-from storm_jax.data.planning import EndlessPlan, Lengths, OrderedPlan, Plan, subset
+from storm_jax.data.planning import EndlessPlan, OrderedPlan, Plan, joined, subset
 from storm_jax.data.records import RecordError
 from storm_jax.data.sources import BadRecord, DataError, Source, open_sources
 
@@ -59,10 +62,12 @@ class BatchInfo:
     Attributes:
       rows: for each row of this process its samples; number s of a row is segment s in the arrays.
       errors: records of these rows that failed while they were loaded.
+      load: what loading them cost; not compared.
     """
 
     rows: tuple[tuple[SampleInfo, ...], ...]
     errors: tuple[BadRecord, ...]
+    load: Load = field(default=Load(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -135,23 +140,28 @@ def train_batches(
     batch: int,
     steps: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    share_index: int = 0,
+    share_count: int = 1,
 ) -> Batches:
     """Shuffled batches of the mixture `data.train`, for the steps from `start_step` to `steps`.
 
     Args:
       tokenizer: from `text.load_tokenizer(data.tokenizer)`.
-      batch: rows of the global batch; this process gets batch / process_count of them.
+      batch: rows of the global batch; this process gets batch / share_count of them.
+      share_index, share_count: which share of the rows this process loads, of how many.
 
     Raises:
       RecordError, DataError: see `sources.open_sources`.
-      ValueError: the processes do not divide the batch, or the weights make no mixture.
+      ValueError: the shares do not divide the batch, or the weights make no mixture.
     """
-    share = _Share(batch, start_step, steps, process_index, process_count)
+    share = _Share(batch, start_step, steps, share_index, share_count)
     sources = open_sources("train", data.train, data, model, tokenizer)
+    of_config = [
+        [source.lengths for source in sources if source.config == number]
+        for number in range(len(data.train))
+    ]
     plan = EndlessPlan(
-        [source.lengths for source in sources],
+        [joined(lengths) for lengths in of_config],
         [source.weight for source in data.train],
         Limits(data.sequence_length, data.row_frames),
         pack=data.pack,
@@ -169,8 +179,8 @@ def eval_batches(
     *,
     batch: int,
     samples: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share_index: int = 0,
+    share_count: int = 1,
 ) -> Batches:
     """Each record of `data.eval` once, in order; empty rows fill up the last batch.
 
@@ -180,15 +190,12 @@ def eval_batches(
     See `train_batches` for the other arguments and for errors.
     """
     sources = open_sources("eval", data.eval, data, model, tokenizer)
-    lengths = Lengths(
-        np.concatenate([source.lengths.tokens for source in sources]),
-        np.concatenate([source.lengths.frames for source in sources]),
-    )
+    lengths = joined([source.lengths for source in sources])
     chosen = subset(len(lengths), samples, data.seed)
     limits = Limits(data.sequence_length, data.row_frames)
     plan = OrderedPlan(chosen, lengths, limits, pack=data.pack)
     steps = -(-plan.rows // batch)
-    share = _Share(batch, 0, steps, process_index, process_count)
+    share = _Share(batch, 0, steps, share_index, share_count)
     dataset = _dataset(_Rows(sources, plan, data, model, share), data, model, share)
     return Batches(dataset, steps, sources)
 
@@ -199,16 +206,16 @@ def eval_batches(
 class _Share:
     """The rows of a run that one process loads."""
 
-    def __init__(self, batch: int, start: int, stop: int, process_index: int, process_count: int):
-        if batch % process_count:
+    def __init__(self, batch: int, start: int, stop: int, share_index: int, share_count: int):
+        if batch % share_count:
             raise ValueError(
-                f"a batch of {batch} rows cannot be shared by {process_count} processes"
+                f"a batch of {batch} rows cannot be cut into {share_count} equal shares"
             )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index} of {process_count} processes")
-        self.local = batch // process_count
+        if not 0 <= share_index < share_count:
+            raise ValueError(f"share_index={share_index} of {share_count} shares")
+        self.local = batch // share_count
         self._batch, self._start, self._stop = batch, start, stop
-        self._process_index, self._process_count = process_index, process_count
+        self._index, self._count = share_index, share_count
 
     def __len__(self) -> int:
         return max(0, self._stop - self._start) * self.local
@@ -217,7 +224,7 @@ class _Share:
         """Number in the plan of the process's row `number`."""
         step, place = divmod(number, self.local)
         first = (self._start + step) * self._batch
-        return first + self._process_index + place * self._process_count
+        return first + self._index + place * self._count
 
 
 @dataclass(frozen=True)
@@ -226,6 +233,7 @@ class _RowInfo:
 
     samples: tuple[SampleInfo, ...]
     errors: tuple[BadRecord, ...]
+    load: Load
 
 
 class _Rows:
@@ -256,6 +264,7 @@ class _Rows:
         builder = RowBuilder(self._model, self._limits)
         samples: list[SampleInfo] = []
         errors: list[BadRecord] = []
+        watch, frames = Stopwatch(), 0
         for place, member in enumerate(members):
             following = members[place + 1 :]
             reserved = Limits(
@@ -264,13 +273,15 @@ class _Rows:
             source = int(np.searchsorted(self._ends, member, side="right"))
             info = SampleInfo(f"record {self._numbers[member]}", self._records[source].name, "")
             try:
-                record = self._records[source][int(self._numbers[member])]
+                records = self._records[source]
+                record = records[int(self._numbers[member])]
                 info = SampleInfo(record.id, record.source, record.task)
                 size, timeout = self._model.vit.image_size, self._data.decode_timeout
                 media = tuple(
-                    video.sample(medium, self._data.frames, size, timeout)[0]
+                    video.sample(records.opened(medium), self._data.frames, size, timeout)[0]
                     for medium in record.media
                 )
+                frames += sum(map(len, media))
                 text = self._caches[source].text(int(self._numbers[member]))
                 builder.add(Sample(text, media), reserved)
             except Exception as error:  # decoders have many: none may end a run that lasts weeks
@@ -279,7 +290,7 @@ class _Rows:
                 errors.append(BadRecord(info.source, info.id, reason))
             else:
                 samples.append(info)
-        return builder.row, _RowInfo(tuple(samples), tuple(errors))
+        return builder.row, _RowInfo(tuple(samples), tuple(errors), watch.load(frames))
 
 
 def _collate(rows: Sequence[tuple[Row, _RowInfo]]) -> Batch:
@@ -290,6 +301,7 @@ def _collate(rows: Sequence[tuple[Row, _RowInfo]]) -> Batch:
         BatchInfo(
             rows=tuple(info.samples for info in infos),
             errors=tuple(error for info in infos for error in info.errors),
+            load=sum((info.load for info in infos), Load()),
         ),
     )
 

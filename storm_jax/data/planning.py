@@ -51,6 +51,14 @@ class Lengths:
         return len(self.tokens)
 
 
+def joined(lengths: Sequence[Lengths]) -> Lengths:
+    """The lengths of several sources that are one to the plan."""
+    return Lengths(
+        np.concatenate([its.tokens for its in lengths]),
+        np.concatenate([its.frames for its in lengths]),
+    )
+
+
 class EndlessPlan:
     """A shuffled, weighted mixture of sources without end, for training; see the module."""
 

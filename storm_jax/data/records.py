@@ -1,18 +1,18 @@
-"""Records: a conversation about videos and images, read from JSONL or JSON files.
+"""Records: conversations about videos and images, and random access to them.
 
 Two families are read: this project's own schema and LLaVA's, as published in many small variants
 (docs/data.md lists them). Both end up as `Record`, whose turns hold exactly one placeholder,
 `<video>` or `<image>`, for every medium, in the order of `Record.media`.
 """
 
-import json
 import os
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from storm_jax.data.conversation import Media, Role, Turn
-from storm_jax.data.spans import line_spans, list_spans
 
 PLACEHOLDER = re.compile(r"<(?:vila/)?(video|image)>")
 
@@ -41,89 +41,91 @@ class Record:
     task: str = ""  # family of the question, for the accuracy of each task
 
 
-class RecordFile:
-    """Random access to the records of a JSONL file or of a JSON file that holds a list.
+class RecordSet(ABC):
+    """Random access to the records of a data set, whatever files it is kept in.
 
-    Opening reads the file once and keeps only where each record starts and ends (16 bytes a
-    record); a record is parsed when it is asked for. Objects are cheap to pickle: a worker gets
-    the offsets and opens the file again. Reading is thread-safe.
+    Opening reads an index at most; a record is read and parsed when it is asked for, and holds no
+    contents of media: `opened` gets those. Objects are cheap to pickle (a worker opens the files
+    again) and may be read by several threads.
+
+    Attributes:
+      path: as configured; errors about the whole set name it.
+      media_root: folder that media paths are relative to.
+      name: of the data set, where its records do not give one.
+      files: what it is made of: a change of their sizes or times is a change of the set.
+      caches: path that the files kept beside the set begin with: CACHES.tokens, for example.
     """
 
-    def __init__(self, path: str, media_root: str = ""):
-        """Indexes `path`.
-
-        Args:
-          path: a file whose first character is "[" is read as a JSON list, any other as JSONL.
-          media_root: folder that media paths are relative to; "" means the folder of `path`.
-
-        Raises:
-          RecordError: the file is missing, or it is a JSON list that cannot be parsed. A bad line
-            in a JSONL file is an error of that record alone.
-        """
+    def __init__(self, path: str, media_root: str, files: tuple[str, ...]):
         self.path = path
         self.media_root = media_root or os.path.dirname(os.path.abspath(path))
-        self.name = os.path.splitext(os.path.basename(path))[0]
-        try:
-            with open(path, "rb") as file:
-                is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-                file.seek(0)
-                self._spans = list_spans(file) if is_list else line_spans(file)
-        except OSError as error:
-            raise RecordError(f"{path}: {error.strerror}; is the path right?") from error
-        except ValueError as error:
-            raise RecordError(f"{path}: {error}; repair it, or write it as JSONL") from error
-        self._file = None
+        self.caches = re.sub(r"[*?\[\]{}]", "_", path)  # of a pattern: as a file's name
+        self.name = os.path.splitext(os.path.basename(self.caches))[0]
+        self.files = files
 
-    def __len__(self) -> int:
-        return len(self._spans)
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Record:
         """The record at `index`.
 
         Raises:
-          RecordError: this record is not JSON, or its conversation or media cannot be used.
+          RecordError: this record cannot be read, or its conversation or media cannot be used.
           IndexError: there is no such record.
         """
-        start, end = (int(x) for x in self._spans[index])
-        where = f"{self.path}: record {index}"
-        try:
-            if self._file is None:
-                self._file = open(self.path, "rb", buffering=0)
-            raw = json.loads(os.pread(self._file.fileno(), end - start, start))
-        except OSError as error:
-            raise RecordError(f"{where} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise RecordError(f"{where} is not JSON: {error}; repair or delete it") from error
-        if not isinstance(raw, dict):
-            raise RecordError(f"{where} is a {type(raw).__name__}, not an object with fields")
-        return parse_record(raw, index, self.path, self.media_root)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+    def opened(self, medium: Media) -> Media:
+        """A medium of these records with `data`, if its contents lie inside the set's files.
+
+        Only kind and path of `medium` count for where it is found.
+
+        Raises:
+          RecordError: the file that holds it cannot be read.
+        """
+        return medium
+
+    def container(self, medium: Media) -> str:
+        """The file that holds a medium: another size or time of it means other contents."""
+        return medium.path
 
 
-def parse_record(raw: dict[str, Any], index: int, path: str, media_root: str) -> Record:
+def parse_record(
+    raw: Any,
+    index: int,
+    path: str,
+    media_root: str,
+    data_set: str = "",
+    beside: Sequence[Media] = (),
+) -> Record:
     """Checks one parsed record and brings it into the form of `Record`.
 
     Args:
       raw: the JSON object.
+      data_set: what the record's data set is called where it does not say so; the file's name
+        without its ending by default.
+      beside: media that are the record's where it names none itself.
       index, path: where it stands, for error messages and for records without an id.
       media_root: folder that relative media paths are joined with.
 
     Raises:
       RecordError: see the message; `docs/data.md` lists what is accepted.
     """
+    if not isinstance(raw, dict):
+        raise RecordError(
+            f"{path}: record {index} is a {type(raw).__name__}, not an object with fields"
+        )
     name = str(raw["id"]) if raw.get("id") not in (None, "") else str(index)
     try:
         media, turns = _media(raw), _turns(raw)
         extra, turns = _resolve_parts(turns)
         if extra and media:
             raise RecordError("media stand both in the record and in its messages; keep one")
-        media = _order(extra or media, turns)
+        media = _order(extra or media or list(beside), turns)
         turns = _normalise(media, turns)
     except RecordError as error:
         raise RecordError(f"{path}: record {index} (id {name}): {error}") from None
-    stem = os.path.splitext(os.path.basename(path))[0]
+    stem = data_set or os.path.splitext(os.path.basename(path))[0]
     return Record(
         id=name,
         media=tuple(Media(m.kind, os.path.join(media_root, m.path), m.start, m.end) for m in media),

@@ -8,10 +8,11 @@ import numpy as np
 
 from storm_jax.config import DataConfig, ModelConfig, SourceConfig
 from storm_jax.data import video
+from storm_jax.data.open_records import Part, open_records
 from storm_jax.data.packing import Limits, SampleError, check_fits
 from storm_jax.data.planning import Lengths
 from storm_jax.data.probes import load_or_probe
-from storm_jax.data.records import RecordError, RecordFile
+from storm_jax.data.records import RecordError, RecordSet
 from storm_jax.data.token_cache import TokenCache, open_or_build
 
 if TYPE_CHECKING:
@@ -33,15 +34,17 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class Source:
-    """A record file, and which of its records can be used.
+    """A data set, and which of its records are used.
 
     Attributes:
-      numbers: of the usable records, int64 [n], ascending.
+      config: number of the `SourceConfig` that names it; a mixture names several.
+      numbers: of the records used, int64 [n], ascending.
       lengths: of these, in the same order.
-      bad: the others.
+      bad: those that cannot be used.
     """
 
-    records: RecordFile
+    config: int
+    records: RecordSet
     cache: TokenCache
     numbers: np.ndarray
     lengths: Lengths
@@ -61,15 +64,19 @@ def open_sources(
       field: "train" or "eval", for error messages.
 
     Raises:
-      RecordError: a record file is missing, or is a JSON list that cannot be parsed.
+      RecordError: a file is missing, damaged as a whole, or of no known format.
       DataError: no data set is named, one has no usable record, or of all records a share above
         data.max_bad_fraction is bad.
     """
     if not configs:
         raise DataError(f"data.{field} names no data set")
-    sources = [_open(config, data, model, tokenizer) for config in configs]
+    sources = [
+        _open(number, part, data, model, tokenizer)
+        for number, config in enumerate(configs)
+        for part in open_records(config, data.seed)
+    ]
     bad = [record for source in sources for record in source.bad]
-    total = sum(len(source.records) for source in sources)
+    total = len(bad) + sum(len(source.numbers) for source in sources)
     if len(bad) > data.max_bad_fraction * total:
         raise DataError(
             f"data.{field}: {len(bad)} of {total} records are bad, more than"
@@ -91,23 +98,27 @@ def _listing(bad: Sequence[BadRecord], most: int = 10) -> str:
 
 
 def _open(
-    config: SourceConfig,
+    config: int,
+    part: Part,
     data: DataConfig,
     model: ModelConfig,
     tokenizer: "PreTrainedTokenizerFast",
 ) -> Source:
-    records = RecordFile(config.path, config.media_root)
+    records = part.records
     cache = open_or_build(records, tokenizer, data.chat_template)
     reasons: dict[int, str] = dict(cache.errors)  # record number -> why it is bad
 
     # By medium, then summed with arrays: a million records are too many for a loop over each.
     media, which = cache.distinct_media()
-    probes = load_or_probe(records)
+    chosen = np.zeros(len(records), bool)
+    chosen[part.chosen] = True
+    wanted = np.unique(which[np.repeat(chosen, cache.media_counts())]).tolist()
+    probes = load_or_probe(records, [media[i] for i in wanted])
     media_frames = np.zeros(len(media), np.int64)
     media_errors: dict[int, str] = {}
-    for i, medium in enumerate(media):
+    for i in wanted:
         try:
-            media_frames[i] = video.frame_count(probes[medium], medium, data.frames)
+            media_frames[i] = video.frame_count(probes[media[i]], media[i], data.frames)
         except video.MediaError as error:
             media_errors[i] = str(error)
     media_tokens = np.array([model.visual_tokens(f) for f in media_frames.tolist()], np.int64)
@@ -135,13 +146,15 @@ def _open(
         except SampleError as error:
             reasons.setdefault(number, str(error))
 
-    numbers = np.setdiff1d(np.arange(len(records)), list(reasons))
+    reasons = {number: reason for number, reason in reasons.items() if chosen[number]}
+    chosen[list(reasons)] = False
+    numbers = np.flatnonzero(chosen)
     lengths = Lengths(tokens[numbers].astype(np.int32), frames[numbers].astype(np.int32))
     bad = [_bad_record(records, number, reasons[number]) for number in sorted(reasons)]
-    return Source(records, cache, numbers, lengths, tuple(bad))
+    return Source(config, records, cache, numbers, lengths, tuple(bad))
 
 
-def _bad_record(records: RecordFile, number: int, reason: str) -> BadRecord:
+def _bad_record(records: RecordSet, number: int, reason: str) -> BadRecord:
     try:
         record = records[number]
     except RecordError:

@@ -3,8 +3,8 @@
 Packing needs the length of every sample before training starts, and tokenizing is the slow part of
 finding it; so the tokens are kept, and data workers need no tokenizer. The cache of FILE is the
 folder FILE.tokens/KEY (or one in the user's cache folder where FILE's folder cannot be written).
-KEY is made of everything that the tokens depend on: another tokenizer, template or version of FILE
-gets another folder. The folders can be deleted at any time.
+KEY is made of everything that the tokens depend on: another tokenizer, template or version of the
+set's files gets another folder. The folders can be deleted at any time.
 
     tokens.i32, loss.u8       all conversations, one after another; VISUAL once for each medium
     offsets.i64               where each conversation begins, and the end
@@ -29,19 +29,20 @@ import numpy as np
 from tqdm import tqdm
 
 from storm_jax.config import VISUAL
-from storm_jax.data.records import Media, Record, RecordError, RecordFile
+from storm_jax.data.caches import cache_paths
+from storm_jax.data.records import Media, Record, RecordError, RecordSet
 from storm_jax.data.text import Encoded, Template, TemplateError, encode_unexpanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 512  # records tokenized in one call
 _KINDS = ("video", "image")
 
 
 class TokenCache:
-    """Tokens and media of the records of one file. Cheap to pickle: the arrays stay on disk."""
+    """Tokens and media of the records of one set. Cheap to pickle: the arrays stay on disk."""
 
     def __init__(self, folder: Path):
         """Opens a folder that `open_or_build` has written."""
@@ -83,7 +84,7 @@ class TokenCache:
         return np.diff(self._media_offsets)
 
     def distinct_media(self) -> tuple[list[Media], np.ndarray]:
-        """The different media of the file, and which of them each medium is.
+        """The different media of the set, and which of them each medium is.
 
         Returns:
           a list of media, and int64 [m]: the place in the list of each medium of all records, in
@@ -107,9 +108,9 @@ class TokenCache:
 
 
 def open_or_build(
-    records: RecordFile, tokenizer: "PreTrainedTokenizerFast", template: Template
+    records: RecordSet, tokenizer: "PreTrainedTokenizerFast", template: Template
 ) -> TokenCache:
-    """Opens the cache of a record file; tokenizes all of it first if there is none.
+    """Opens the cache of a data set; tokenizes all of it first if there is none.
 
     Records that cannot be read or rendered are in `TokenCache.errors`.
 
@@ -117,17 +118,15 @@ def open_or_build(
       OSError: neither beside the file nor in the user's cache folder can anything be written.
     """
     key = _key(records, tokenizer, template)
-    beside = Path(f"{records.path}.tokens")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = hashlib.blake2b(os.path.realpath(records.path).encode(), digest_size=8).hexdigest()
-    for parent in (beside, home / "storm_jax" / "tokens" / place):
+    beside, home = cache_paths(records.caches, ".tokens")
+    for parent in (beside, home):
         if (parent / key).is_dir():
             return TokenCache(parent / key)
     try:
         beside.mkdir(exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft", dir=beside))
     except OSError:  # a read-only data set
-        beside = home / "storm_jax" / "tokens" / place
+        beside = home
         beside.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft", dir=beside))
     try:
@@ -142,19 +141,19 @@ def open_or_build(
     return TokenCache(beside / key)
 
 
-def _key(records: RecordFile, tokenizer: "PreTrainedTokenizerFast", template: Template) -> str:
-    state = os.stat(records.path)
+def _key(records: RecordSet, tokenizer: "PreTrainedTokenizerFast", template: Template) -> str:
+    states = [(file, os.stat(file)) for file in records.files]
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
     for passing in ("truncation", "padding"):  # left over from the latest call
         vocabulary.pop(passing, None)
-    file = [records.path, records.media_root, state.st_size, state.st_mtime_ns]
-    parts = json.dumps([_VERSION, file, template, vocabulary])
+    files = [(file, state.st_size, state.st_mtime_ns) for file, state in states]
+    parts = json.dumps([_VERSION, records.media_root, files, template, vocabulary])
     return hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()
 
 
 def _build(
     folder: Path,
-    records: RecordFile,
+    records: RecordSet,
     tokenizer: "PreTrainedTokenizerFast",
     template: Template,
 ):
@@ -196,7 +195,7 @@ def _build(
 
 
 def _encode_chunk(
-    records: RecordFile,
+    records: RecordSet,
     numbers: range,
     tokenizer: "PreTrainedTokenizerFast",
     template: Template,

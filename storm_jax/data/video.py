@@ -19,13 +19,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
-from storm_jax.data.container import MediaError, VideoReader, to_rgb
+from storm_jax.data.container import MediaError, ToRgb, VideoReader
 from storm_jax.data.conversation import Media
 from storm_jax.frames import FrameConfig
 
@@ -50,19 +49,24 @@ class Probe:
     rotation: int  # degrees counter-clockwise that the picture must be turned: 0, 90, 180, 270
 
 
-def probe(path: str, kind: Literal["video", "image"] = "video") -> Probe:
+def probe(
+    path: str,
+    kind: Literal["video", "image"] = "video",
+    data: bytes | BinaryIO | None = None,
+) -> Probe:
     """Reads a medium's header and decodes its first frame, which also shows that it can be.
 
     Args:
       path: a file, or a folder of frames.
       kind: what the record says that it is.
+      data: as in `Media`: read instead of what is at `path`.
 
     Raises:
       MediaError: it is missing, empty, no video, or its first frame cannot be decoded.
     """
-    if kind == "image" or os.path.isdir(path):
+    if kind == "image" or (data is None and os.path.isdir(path)):
         files = [path] if kind == "image" else _folder(path)
-        frame = _image_frame(files[0], None)
+        frame = _image_frame(files[0], data)
         count = len(files)
         return Probe(
             "image" if kind == "image" else "frames",
@@ -74,7 +78,7 @@ def probe(path: str, kind: Literal["video", "image"] = "video") -> Probe:
             frame.height,
             _rotation(frame),
         )
-    with VideoReader(path) as reader:
+    with VideoReader(path if data is None else data, name=path) as reader:
         rotation = _rotation(reader.first_frame())
         size = reader.width, reader.height
         return Probe(
@@ -83,7 +87,7 @@ def probe(path: str, kind: Literal["video", "image"] = "video") -> Probe:
 
 
 def decode(
-    source: str | bytes,
+    source: str | bytes | BinaryIO,
     *,
     n: int | None = None,
     fps: float | None = None,
@@ -93,6 +97,7 @@ def decode(
     keyframes_only: bool = False,
     timeout: float | None = None,
     max_frames: int | None = None,
+    name: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes evenly spaced frames of a video file.
 
@@ -102,7 +107,7 @@ def decode(
     first one at or after that time less half a mean frame period.
 
     Args:
-      source: path of a video file, or the file's bytes.
+      source: path of a video file, the file's bytes, or a binary file that is open and seekable.
       n: number of frames; fewer are returned where the clip has fewer.
       fps: frames per second of video time; never more than the video has.
       start, end: the clip in seconds after the file's first frame; None: the whole file. An `end`
@@ -113,6 +118,7 @@ def decode(
       timeout: seconds after which decoding is given up. Checked between packets, so that one
         blocked read or one huge packet can exceed it.
       max_frames: upper limit; where `fps` asks for more, times are spread evenly again.
+      name: what errors call the file; its path by default.
 
     Returns:
       frames uint8 [F, H, W, 3] in RGB, turned upright, and their real times, float64 [F], seconds
@@ -129,7 +135,7 @@ def decode(
     if (n is not None and n < 1) or (fps is not None and not fps > 0):
         raise ValueError(f"decode: n={n}, fps={fps} must be positive")
     limit = min(x for x in (n, max_frames, math.inf) if x is not None)
-    with VideoReader(source, timeout) as reader:
+    with VideoReader(source, timeout, name) as reader:
         clip = reader.path, reader.duration, reader.fps, reader.frames
         times = _times(clip, (start, end), limit, fps or 0.0)
         return reader.read(times, size, keyframes_only)
@@ -173,6 +179,7 @@ def sample(
         keyframes_only=frames.keyframes_only,
         timeout=timeout,
         max_frames=frames.max_frames,
+        name=media.path,
     )
 
 
@@ -192,11 +199,11 @@ def sample_images(images: Sequence[np.ndarray], frames: FrameConfig, size: int) 
     clip = "frames in memory", float(len(images)), 1.0, len(images)
     times = _times(clip, (None, None), frames.max_frames, 0.0)
     picks = [math.ceil(t - 0.5) for t in times]
-    reformatter = VideoReformatter()
+    to_rgb = ToRgb(size)
 
     def scaled(image: np.ndarray) -> np.ndarray:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        return to_rgb(frame, size, reformatter)
+        return to_rgb(frame)
 
     return np.stack([scaled(images[i]) for i in picks])
 
@@ -265,13 +272,16 @@ def _folder(path: str) -> list[str]:
     return [os.path.join(path, x) for x in sorted(names, key=natural)]
 
 
-def _image_frame(path: str, data: bytes | None) -> av.VideoFrame:
+def _image_frame(path: str, data: bytes | BinaryIO | None) -> av.VideoFrame:
     if data is None:
         try:
             with open(path, "rb") as file:
                 data = file.read()
         except OSError as error:
             raise MediaError(path, f"cannot be read: {error.strerror}") from error
+    elif not isinstance(data, bytes):
+        data.seek(0)
+        data = data.read()
     if not data:
         raise MediaError(path, "is empty (0 bytes)")
     try:
@@ -287,9 +297,9 @@ def _image_frame(path: str, data: bytes | None) -> av.VideoFrame:
     raise MediaError(path, "is not an image: no picture could be decoded")
 
 
-def _image(path: str, size: int, data: bytes | None = None) -> np.ndarray:
+def _image(path: str, size: int, data: bytes | BinaryIO | None = None) -> np.ndarray:
     """An image file, read from `path` unless `data` holds it, as uint8 [size, size, 3]."""
-    return to_rgb(_image_frame(path, data), size, VideoReformatter())
+    return ToRgb(size)(_image_frame(path, data))
 
 
 def _rotation(frame: av.VideoFrame) -> int:

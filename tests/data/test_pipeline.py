@@ -1,19 +1,21 @@
 """The whole data path on real files: mp4 and images on disk, to batches."""
 
 import dataclasses
-import fractions
 import json
 import os
+import time
 
-import av
 import numpy as np
 import pytest
 
 from storm_jax.config import VISUAL, DataConfig, FrameConfig, SourceConfig
 from storm_jax.data import pipeline, text, video
-from storm_jax.data.records import Media, RecordFile
+from storm_jax.data.formats.json_file import JsonFile
+from storm_jax.data.load import LoadMeter
+from storm_jax.data.records import Media
 from storm_jax.data.sources import DataError
 from storm_jax.data.synthetic import write_video
+from tests.data.record_files import clip, make_set, record, write_image, write_records
 from tests.data.small_model import small_model
 
 MODEL = small_model(image_size=32, patch_size=16)  # 4 visual tokens for 2 frames
@@ -23,55 +25,6 @@ TOKENS = 160  # of a row
 @pytest.fixture(scope="module")
 def tokenizer():
     return text.load_tokenizer("bytes")
-
-
-def clip(count, seed):
-    rng = np.random.default_rng(seed)
-    still = rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    shades = np.arange(count)[:, None, None, None] * 9
-    return (still // 2 + shades).astype(np.uint8)
-
-
-def write_image(path, seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)
-    png = av.CodecContext.create("png", "w")
-    png.width = png.height = 32
-    png.pix_fmt, png.time_base = "rgb24", fractions.Fraction(1, 1)
-    packets = png.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")) + png.encode(None)
-    path.write_bytes(b"".join(bytes(packet) for packet in packets))
-
-
-def record(name, media, question, answer="yes"):
-    return {
-        "id": name,
-        "task": question[:3],
-        "media": [{"type": kind, "path": path} for kind, path in media],
-        "conversations": [
-            {"from": "human", "value": "".join(f"<{kind}>" for kind, _ in media) + question},
-            {"from": "gpt", "value": answer},
-        ],
-    }
-
-
-def write_records(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return SourceConfig(str(path))
-
-
-def make_set(folder, name, videos=12):
-    """`videos` videos of 2 to 8 frames, two records of two images, two of text alone."""
-    folder.mkdir(exist_ok=True)
-    records = []
-    for i in range(videos):
-        write_video(str(folder / f"{name}{i}.mp4"), clip(2 + i % 7, i))
-        records.append(record(f"{name}-v{i}", [("video", f"{name}{i}.mp4")], f"what is {i}?"))
-    for i in range(2):
-        for part in "ab":
-            write_image(folder / f"{name}{i}{part}.png", 100 + i)
-        images = [("image", f"{name}{i}{part}.png") for part in "ab"]
-        records.append(record(f"{name}-i{i}", images, f"same {i}?", "no"))
-        records.append(record(f"{name}-t{i}", [], f"hello {i}", "hi"))
-    return write_records(folder / f"{name}.jsonl", records)
 
 
 def data_config(*train, **changes):
@@ -235,7 +188,7 @@ def test_any_number_of_processes_sees_the_same_global_batches(tmp_path, tokenize
     for count in (2, 4):
         shares, every = zip(
             *(
-                train(data, tokenizer, batch=4, steps=5, process_index=i, process_count=count)
+                train(data, tokenizer, batch=4, steps=5, share_index=i, share_count=count)
                 for i in range(count)
             ),
             strict=True,
@@ -253,7 +206,7 @@ def test_resumed_stream_is_the_tail_of_the_whole(tmp_path, tokenizer):
         assert_equal(tail, whole[start:])
         assert batches.steps == 0
     two = [
-        train(data, tokenizer, steps=9, start_step=4, process_index=i, process_count=2)[0]
+        train(data, tokenizer, steps=9, start_step=4, share_index=i, share_count=2)[0]
         for i in range(2)
     ]
     assert_equal(interleave(two), whole[4:])
@@ -287,10 +240,10 @@ def test_a_changed_data_set_has_another_fingerprint(tmp_path, tokenizer):
 
 def test_processes_must_divide_the_batch(tmp_path, tokenizer):
     data = data_config(make_set(tmp_path, "a", videos=1))
-    with pytest.raises(ValueError, match="a batch of 4 rows cannot be shared by 3 processes"):
-        train(data, tokenizer, batch=4, process_count=3)
-    with pytest.raises(ValueError, match="process_index=2 of 2 processes"):
-        train(data, tokenizer, batch=4, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="a batch of 4 rows cannot be cut into 3 equal shares"):
+        train(data, tokenizer, batch=4, share_count=3)
+    with pytest.raises(ValueError, match="share_index=2 of 2 shares"):
+        train(data, tokenizer, batch=4, share_index=2, share_count=2)
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -300,7 +253,7 @@ def test_processes_must_divide_the_batch(tmp_path, tokenizer):
 def test_evaluation_sees_every_record_once_in_order(tmp_path, tokenizer, pack):
     data = data_config(make_set(tmp_path, "a"), make_set(tmp_path, "b", videos=3), pack=pack)
     expected = [
-        file[i].id for file in (RecordFile(s.path) for s in data.eval) for i in range(len(file))
+        file[i].id for file in (JsonFile(s.path) for s in data.eval) for i in range(len(file))
     ]
 
     def evaluate(index, count):
@@ -310,8 +263,8 @@ def test_evaluation_sees_every_record_once_in_order(tmp_path, tokenizer, pack):
             tokenizer,
             batch=4,
             samples=100,
-            process_index=index,
-            process_count=count,
+            share_index=index,
+            share_count=count,
         ) as batches:
             assert batches.steps > 0
             got = list(batches)
@@ -337,7 +290,7 @@ def test_evaluation_of_a_part(tmp_path, tokenizer):
         with pipeline.eval_batches(data, MODEL, tokenizer, batch=4, samples=6) as batches:
             return sum(ids(batches), [])
 
-    everything = [record.id for record in RecordFile(data.eval[0].path)]
+    everything = [record.id for record in JsonFile(data.eval[0].path)]
     chosen = names()
     assert len(chosen) == 6 and chosen == names()
     assert [name for name in everything if name in chosen] == chosen != everything[:6]
@@ -535,3 +488,61 @@ def test_configuration_is_that_of_the_run(tmp_path, tokenizer):
         (batch,) = list(batches)
     assert batch.arrays["frames"].shape == (2, 9, 48, 48, 3)
     assert batch.arrays["tokens"].shape == (2, 300)
+
+
+# ------------------------------------------------------------------------------ what loading costs
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_process_decodes_its_own_rows_alone(tmp_path, tokenizer, monkeypatch, count):
+    data = data_config(make_set(tmp_path, "a"))
+    decoded = []
+    real = video.sample
+
+    def counting(medium, *arguments):
+        decoded.append(os.path.basename(medium.path))
+        return real(medium, *arguments)
+
+    monkeypatch.setattr(video, "sample", counting)
+    of_share = []
+    for index in range(count):
+        got, _ = train(data, tokenizer, steps=5, share_index=index, share_count=count)
+        shown = [info.id for batch in got for row in batch.info.rows for info in row]
+        media = {r["id"]: r["media"] for r in map(json.loads, open(data.train[0].path))}
+        assert sorted(decoded) == sorted(m["path"] for name in shown for m in media[name])
+        of_share.append(len(decoded))
+        decoded.clear()
+    got, _ = train(data, tokenizer, steps=5)
+    assert sum(of_share) == len(decoded) > 20 and max(of_share) < len(decoded) or count == 1
+
+
+def test_load_of_a_batch(tmp_path, tokenizer):
+    """Frames are counted, and time is that of the threads that loaded them."""
+    data = data_config(make_set(tmp_path, "a"))
+    meter = LoadMeter()
+    frames = 0
+    for batch in train(data, tokenizer, steps=4)[0]:
+        meter.add(batch.info.load)
+        frames += (batch.arrays["frame_segments"] >= 0).sum()
+        assert 0 < batch.info.load.cpu_seconds <= 1.01 * batch.info.load.seconds + 0.01
+    total = meter._sum
+    assert total.frames == frames > 50
+    rates = meter.rates()
+    assert rates["decode_frames_per_core_second"] == total.frames / total.cpu_seconds
+    assert 0 <= rates["decode_wait_share"] < 1 and rates["decode_cores"] > 0
+    assert meter.rates() == {}  # nothing since
+
+
+def test_waiting_is_not_decoding(tmp_path, tokenizer, monkeypatch):
+    """A slow disk shows in the share that was waited, not in what a core can do."""
+    data = data_config(make_set(tmp_path, "a"), pack=False)
+    real = video.sample
+
+    def slow(*arguments):
+        time.sleep(0.2)
+        return real(*arguments)
+
+    monkeypatch.setattr(video, "sample", slow)
+    (batch,), _ = train(data, tokenizer, batch=2, steps=1)
+    load = batch.info.load
+    assert load.seconds > 0.2 and load.cpu_seconds < load.seconds / 2

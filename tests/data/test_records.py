@@ -4,7 +4,8 @@ import pickle
 import pytest
 
 from storm_jax.data import spans
-from storm_jax.data.records import Media, RecordError, RecordFile, Turn, parse_record
+from storm_jax.data.formats.json_file import JsonFile
+from storm_jax.data.records import Media, RecordError, Turn, parse_record
 
 QA = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 VIDEO = (Media("video", "/media/b.mp4"),)
@@ -191,7 +192,7 @@ def test_random_access(tmp_path, monkeypatch, chunk, kind):
         "bom": "\ufeff" + "\n".join(lines),
     }[kind]
     path.write_bytes(text.encode())
-    records = RecordFile(str(path))
+    records = JsonFile(str(path))
     assert len(records) == 12
     for i in (11, 0, 5):
         assert records[i].id == f"r{i}"
@@ -206,13 +207,13 @@ def test_random_access(tmp_path, monkeypatch, chunk, kind):
 def test_a_worker_gets_no_records(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join([json.dumps(RECORDS[11])] * 500))
-    assert len(pickle.dumps(RecordFile(str(path)))) < 500 * 16 + 1000
+    assert len(pickle.dumps(JsonFile(str(path)))) < 500 * 16 + 1000
 
 
 def test_a_bad_line_is_an_error_of_its_own(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(RECORDS[0]) + "\n{broken\n[1]\n" + json.dumps(RECORDS[1]) + "\n")
-    records = RecordFile(str(path), media_root="/root")
+    records = JsonFile(str(path), media_root="/root")
     assert records[0].media[0].path == "/root/0.mp4"
     assert records[3].id == "r1"
     with pytest.raises(RecordError, match=r"data.jsonl: record 1 is not JSON"):
@@ -223,12 +224,12 @@ def test_a_bad_line_is_an_error_of_its_own(tmp_path):
 
 def test_files_that_cannot_be_indexed(tmp_path):
     with pytest.raises(RecordError, match="No such file"):
-        RecordFile(str(tmp_path / "none.jsonl"))
+        JsonFile(str(tmp_path / "none.jsonl"))
     path = tmp_path / "cut.json"
     path.write_text(json.dumps(RECORDS)[:-40])
     with pytest.raises(RecordError, match=r"cut.json: not a JSON list: element 11 at byte \d+"):
-        RecordFile(str(path))
+        JsonFile(str(path))
     path.write_text("")
-    assert len(RecordFile(str(path))) == 0
+    assert len(JsonFile(str(path))) == 0
     path.write_text("[]")
-    assert len(RecordFile(str(path))) == 0
+    assert len(JsonFile(str(path))) == 0

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from storm_jax.data.records import RecordFile
+from storm_jax.data.formats.json_file import JsonFile
 from storm_jax.data.synthetic import CHANCE, main, make_clip, write_split, write_video
 from storm_jax.data.video import decode, probe
 
@@ -191,7 +191,7 @@ def test_written_data_set(tmp_path, capsys):
     out = str(tmp_path / "new" / "data")
     main([f"--out={out}", "--train=8", "--test=4", "--seed=3"])
     assert "train.jsonl: 8 records" in capsys.readouterr().out
-    train, test = (RecordFile(os.path.join(out, f"{name}.jsonl")) for name in ("train", "test"))
+    train, test = (JsonFile(os.path.join(out, f"{name}.jsonl")) for name in ("train", "test"))
     assert len(train) == 8 and len(test) == 4
     assert [train[i].task for i in range(4)] == ["direction", "order", "count", "frame"]
     paths = {r.media[0].path for data in (train, test) for r in (data[i] for i in range(len(data)))}
@@ -241,6 +241,6 @@ def test_arguments(tmp_path, change, message):
 def test_other_lengths_and_sizes(tmp_path):
     path = write_split(str(tmp_path), "train", 8, 0, frames=24, size=64, group=8)
     for i in range(8):
-        record = RecordFile(path)[i]
+        record = JsonFile(path)[i]
         frames, _ = decode(record.media[0].path, n=100)
         assert frames.shape == (24, 64, 64, 3)

@@ -7,7 +7,8 @@ import pytest
 
 from storm_jax.config import VISUAL
 from storm_jax.data import text, token_cache
-from storm_jax.data.records import Media, RecordFile
+from storm_jax.data.formats.json_file import JsonFile
+from storm_jax.data.records import Media
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def write(path, count=3):
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "ok"}]
         lines.append(json.dumps({"id": i, "media": media, "conversations": turns}))
     path.write_text("\n".join(lines) + "\n")
-    return RecordFile(str(path))
+    return JsonFile(str(path))
 
 
 def folders(path):
@@ -61,7 +62,7 @@ def test_second_opening_reads_what_the_first_wrote(tmp_path, tokenizer):
     (key,) = folders(tmp_path / "a.jsonl.tokens")
     stamp = (tmp_path / "a.jsonl.tokens" / key / "tokens.i32").stat().st_mtime_ns
     tokenizer(["a longer text", "b"], padding=True, truncation=True, max_length=4)
-    cache = token_cache.open_or_build(RecordFile(records.path), tokenizer, "gemma")
+    cache = token_cache.open_or_build(JsonFile(records.path), tokenizer, "gemma")
     assert folders(tmp_path / "a.jsonl.tokens") == [key]
     assert (tmp_path / "a.jsonl.tokens" / key / "tokens.i32").stat().st_mtime_ns == stamp
     copy = pickle.loads(pickle.dumps(cache))
@@ -72,11 +73,11 @@ def test_second_opening_reads_what_the_first_wrote(tmp_path, tokenizer):
 def test_another_template_tokenizer_or_file_is_another_cache(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     token_cache.open_or_build(write(path), tokenizer, "gemma")
-    token_cache.open_or_build(RecordFile(str(path)), tokenizer, "qwen2")
+    token_cache.open_or_build(JsonFile(str(path)), tokenizer, "qwen2")
     assert len(folders(tmp_path / "a.jsonl.tokens")) == 2
     other = text.load_tokenizer("bytes")
     other.add_tokens(["what"])
-    cache = token_cache.open_or_build(RecordFile(str(path)), other, "gemma")
+    cache = token_cache.open_or_build(JsonFile(str(path)), other, "gemma")
     assert 264 in cache.text(0).tokens
     assert len(folders(tmp_path / "a.jsonl.tokens")) == 3
     cache = token_cache.open_or_build(write(path, 5), tokenizer, "gemma")
@@ -90,11 +91,11 @@ def test_records_that_cannot_be_used(tmp_path, tokenizer):
     lines = path.read_text().splitlines()
     no_answer = {"id": "x", "conversations": [{"from": "human", "value": "?"}]}
     path.write_text("\n".join([lines[0], "{", lines[1], json.dumps(no_answer), *lines[2:]]))
-    cache = token_cache.open_or_build(RecordFile(str(path)), tokenizer, "gemma")
+    cache = token_cache.open_or_build(JsonFile(str(path)), tokenizer, "gemma")
     assert sorted(cache.errors) == [1, 3]
     assert "not JSON" in cache.errors[1] and "answer" in cache.errors[3]
     assert len(cache.text(1).tokens) == 0
-    (expected,) = text.encode_unexpanded(tokenizer, "gemma", [RecordFile(str(path))[4].turns])
+    (expected,) = text.encode_unexpanded(tokenizer, "gemma", [JsonFile(str(path))[4].turns])
     assert cache.text(4).tokens.tolist() == expected.tokens.tolist()
     assert cache.media_counts().tolist() == [0, 0, 1, 0, 2, 0]
 
@@ -124,6 +125,6 @@ def test_data_set_whose_folder_cannot_be_written(tmp_path, tokenizer, monkeypatc
 def test_empty_file(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("")
-    cache = token_cache.open_or_build(RecordFile(str(path)), tokenizer, "gemma")
+    cache = token_cache.open_or_build(JsonFile(str(path)), tokenizer, "gemma")
     assert len(cache) == 0 and cache.text_tokens().shape == (0,)
     assert cache.distinct_media()[0] == []

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from storm_jax.data import probes
+from storm_jax.data.formats.json_file import JsonFile
 from storm_jax.data.probes import load_or_probe, table_path
-from storm_jax.data.records import Media, RecordFile
+from storm_jax.data.records import Media
 from storm_jax.data.validate import main
 from storm_jax.data.video import MediaError
 from tests.data.media_files import write
@@ -69,7 +70,7 @@ def test_summary_names_every_bad_record(data, capsys):
     assert f"record 4 (id e): {root}/sub/cut.mp4: " in out
     # What decoding found stays known to those who only read the table.
     with pytest.raises(MediaError, match="cut.mp4"):
-        load_or_probe(RecordFile(str(path), root))[Media("video", f"{root}/sub/cut.mp4")]
+        load_or_probe(JsonFile(str(path), root))[Media("video", f"{root}/sub/cut.mp4")]
 
 
 def test_good_data_set_exits_with_zero(data, capsys):
@@ -78,13 +79,13 @@ def test_good_data_set_exits_with_zero(data, capsys):
     path.write_text("\n".join(lines[:2]))
     assert main([str(path), f"--media_root={root}"]) == 0
     assert "2 records, 0 bad" in capsys.readouterr().out
-    assert main([str(path) + "x"]) == 1
+    assert main([str(path.with_name("none.jsonl"))]) == 1
     assert "No such file" in capsys.readouterr().err
 
 
 def test_side_table_on_disk(data):
     path, root = data
-    load_or_probe(RecordFile(str(path), root))
+    load_or_probe(JsonFile(str(path), root))
     lines = [json.loads(x) for x in open(str(path) + ".probe.jsonl")]
     by_path = {line["path"]: line for line in lines}
     assert set(by_path) == {"sub/good.mp4", "sub/cut.mp4", "sub/text.mp4", "sub/image.png"}
@@ -105,13 +106,13 @@ def test_side_table_on_disk(data):
 
 def test_only_new_and_changed_files_are_probed(data, monkeypatch):
     path, root = data
-    records = RecordFile(str(path), root)
+    records = JsonFile(str(path), root)
     probed = []
     real = probes.probe
 
-    def counting(file, kind):
+    def counting(file, kind, data):
         probed.append(os.path.basename(file))
-        return real(file, kind)
+        return real(file, kind, data)
 
     monkeypatch.setattr(probes, "probe", counting)
     first = load_or_probe(records)
@@ -133,7 +134,7 @@ def test_only_new_and_changed_files_are_probed(data, monkeypatch):
 
 def test_lookup(data):
     path, root = data
-    table = pickle.loads(pickle.dumps(load_or_probe(RecordFile(str(path), root))))
+    table = pickle.loads(pickle.dumps(load_or_probe(JsonFile(str(path), root))))
     assert len(table) == 5
     assert table[Media("video", f"{root}/sub/good.mp4", 0.2, 0.4)].frames == 30
     assert table[Media("image", f"{root}/sub/image.png")].kind == "image"
@@ -146,7 +147,7 @@ def test_lookup(data):
 
 def test_damaged_table_is_made_anew(data):
     path, root = data
-    records = RecordFile(str(path), root)
+    records = JsonFile(str(path), root)
     load_or_probe(records)
     target = table_path(records)
     lines = open(target).read().splitlines()
@@ -163,7 +164,7 @@ def test_table_that_cannot_be_written(data, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(probes.os, "replace", no_room)
-    records = RecordFile(str(path), root)
+    records = JsonFile(str(path), root)
     with pytest.warns(UserWarning, match="set.jsonl.probe.jsonl: No space left on device"):
         table = load_or_probe(records)
     assert table[Media("video", f"{root}/sub/good.mp4")].frames == 30

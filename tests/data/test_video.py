@@ -1,9 +1,11 @@
 """Every file here numbers its frames in the picture, so that a wrong frame shows itself."""
 
+import av
 import numpy as np
 import pytest
 
 from storm_jax.config import FrameConfig
+from storm_jax.data.container import VideoReader
 from storm_jax.data.records import Media
 from storm_jax.data.video import MediaError, decode, frame_count, probe, sample
 from tests.data.media_files import (
@@ -112,6 +114,43 @@ def test_same_frames_as_decoding_the_whole_file(file, name, ask):
         np.testing.assert_array_equal(frame, images[i])
 
 
+@pytest.mark.parametrize("varying", [False, True])
+def test_uneven_times_meet_the_right_frames(tmp_path, varying):
+    """Close together and far apart, where most pictures are B and refer to one another."""
+    rng = np.random.default_rng(3)
+    pts = np.cumsum(rng.integers(20, 300, COUNT)).tolist() if varying else None
+    options = {"g": "40", "bf": "6", "b-pyramid": "normal", "b-adapt": "0"}
+    path = write(tmp_path / "b.mp4", COUNT, options=options, pts=pts)
+    times, images = sequential(path)
+    for _ in range(20):
+        with VideoReader(str(path)) as reader:
+            half = 0.52 / reader.fps
+            wanted = np.sort(rng.choice(COUNT, rng.integers(2, 30)))
+            # Just inside the span in which the frame is the one that is shown.
+            frames, real = reader.read(times[wanted] + half - 1e-3)
+        np.testing.assert_allclose(real, times[wanted], atol=2e-3)
+        for frame, i in zip(frames, wanted, strict=True):
+            np.testing.assert_array_equal(frame, images[i])
+
+
+@pytest.mark.parametrize("size", [96, 448])
+def test_colours_of_scaled_frames(file, size):
+    """Against 16 bits: no further off than FFmpeg's straight way from the file's to 8 bits."""
+    with av.open(str(file("h264.mp4"))) as container:
+        frame = next(container.decode(video=0))
+        exact, straight = (
+            frame.reformat(size, size, kind, interpolation="BICUBIC").to_ndarray()
+            for kind in ("rgb48le", "rgb24")
+        )
+    shown = decode(str(file("h264.mp4")), n=1, size=size)[0][0]
+
+    def error(image):
+        return np.sqrt(((image - exact / 257) ** 2).mean())
+
+    assert error(shown) < 1.02 * error(straight) < 1.2
+    assert abs(shown - exact / 257).max() < 4
+
+
 def test_numbers_of_the_frames(file):
     def numbers(name, **ask):
         return read_numbers(decode(str(file(name)), **ask)[0])
@@ -197,6 +236,12 @@ def test_bytes_are_read_like_the_file(file):
     path = file("open_gop.ts")
     a, times_a = decode(str(path), n=5)
     b, times_b = decode(path.read_bytes(), n=5)
+    with path.open("rb") as opened:
+        opened.seek(99)  # wherever it stands
+        c, times_c = decode(opened, n=5)
+        assert not opened.closed
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(times_a, times_c)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(times_a, times_b)
 
