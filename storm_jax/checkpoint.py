@@ -2,22 +2,30 @@
 
 A workdir holds `checkpoints/<step>/`, written by Orbax in the background, and `tokenizer/`. The
 position in the data is the step: every global batch follows from it (`data.pipeline`).
+
+A checkpoint counts from the moment that it is whole. On a disk it is written under another name and
+renamed; in a bucket, which cannot rename, a file `commit_success.txt` is written last. What a kill
+leaves unfinished is never read, and the next run removes it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from storm_jax.config import CheckpointConfig, RunConfig, from_mapping
 from storm_jax.models.storm import Params
 from storm_jax.training.state import TrainState
+from storm_jax.workdir import location
 
 LAYOUT = 1  # raised when the tree of parameters changes; older ones are then upgraded on reading
 
@@ -27,11 +35,11 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them."""
+    """The checkpoints of one run, newest `keep` of them. Every process calls every method."""
 
-    def __init__(self, workdir: str | Path, config: CheckpointConfig):
-        self.folder = Path(workdir).absolute() / "checkpoints"
-        self.every = config.every
+    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
+        """Makes the folder, and removes what a killed run left unfinished in it."""
+        self.folder = location(workdir) / "checkpoints"
         policies = ocp.training
         self._orbax = ocp.training.Checkpointer(
             str(self.folder),
@@ -40,6 +48,7 @@ class Checkpoints:
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
             # pyrefly: ignore[bad-argument-type]
             preservation_policy=policies.preservation_policies.LatestN(config.keep),
+            cleanup_tmp_directories=True,
         )
 
     def latest(self) -> int | None:
@@ -50,8 +59,13 @@ class Checkpoints:
     def save(self, state: TrainState, step: int, run: RunConfig, data_fingerprint: str) -> None:
         """Starts saving; returns when the arrays are copied from the devices.
 
+        A save that is still going on is waited for first.
+
         Args:
           data_fingerprint: of the data set, which a resumed run compares (`data.pipeline.Batches`).
+
+        Raises:
+          CheckpointError: the previous one could not be written.
         """
         if self.latest() == step:
             return
@@ -61,7 +75,8 @@ class Checkpoints:
             "config": dataclasses.asdict(run),
             "data_fingerprint": data_fingerprint,
         }
-        self._orbax.save_checkpointables_async(step, {"state": state}, custom_metadata=about)
+        with self._writing():
+            self._orbax.save_checkpointables_async(step, {"state": state}, custom_metadata=about)
 
     def fingerprint(self, step: int) -> str:
         """The `data_fingerprint` that was saved with a step."""
@@ -88,11 +103,41 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._orbax.close()
+        """Waits until everything is written.
+
+        Raises:
+          CheckpointError: the last one could not be written.
+        """
+        with self._writing():
+            self._orbax.close()
+
+    @contextlib.contextmanager
+    def closed_after(self, *errors: type[Exception]) -> Iterator[None]:
+        """Finishes the save that is going on where the block ends with an error.
+
+        Args:
+          errors: that all processes raise at the same place. After any other one, a process that
+            has company ends without the others, and the save cannot be finished.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, errors) or jax.process_count() == 1:
+                self.close()
+            raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # of files, TensorStore, Orbax
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.folder}: {error}. Those before it are"
+                " whole; the same command goes on from the newest"
+            ) from error
 
 
-def save_params(workdir: str | Path, params: Params, run: RunConfig) -> Path:
+def save_params(workdir: str | os.PathLike, params: Params, run: RunConfig) -> Path:
     """Writes parameters alone, as step 0 of a new workdir; `load_params` reads them.
 
     Args:
@@ -124,7 +169,7 @@ def save_params(workdir: str | Path, params: Params, run: RunConfig) -> Path:
     return folder / "0"
 
 
-def describe(path: str | Path) -> tuple[RunConfig, dict[str, tuple[tuple[int, ...], str]]]:
+def describe(path: str | os.PathLike) -> tuple[RunConfig, dict[str, tuple[tuple[int, ...], str]]]:
     """A checkpoint's configuration, and shape and dtype of its parameters by name."""
     folder, step = find(path)
     with ocp.training.Checkpointer(str(folder)) as orbax:
@@ -134,13 +179,13 @@ def describe(path: str | Path) -> tuple[RunConfig, dict[str, tuple[tuple[int, ..
     return read_config(path), {n: (tuple(x.shape), str(x.dtype)) for n, x in names.items()}
 
 
-def find(path: str | Path) -> tuple[Path, int]:
+def find(path: str | os.PathLike) -> tuple[epath.Path, int]:
     """The folder of checkpoints and the step that `path` names: a workdir, or one checkpoint in it.
 
     Raises:
       CheckpointError: there is no complete checkpoint.
     """
-    path = Path(path).absolute()
+    path = location(path)
     if path.name.isdigit() and path.parent.name == "checkpoints":
         folder, step = path.parent, int(path.name)
     else:
@@ -156,7 +201,7 @@ def find(path: str | Path) -> tuple[Path, int]:
     return folder, max(steps) if step is None else step
 
 
-def read_config(path: str | Path) -> RunConfig:
+def read_config(path: str | os.PathLike) -> RunConfig:
     """The configuration that a checkpoint was trained with."""
     folder, step = find(path)
     with ocp.training.Checkpointer(str(folder)) as orbax:
@@ -169,7 +214,7 @@ def read_config(path: str | Path) -> RunConfig:
     return from_mapping(RunConfig, json.loads(json.dumps(about["config"])))
 
 
-def load_params(path: str | Path, abstract: Params) -> Params:
+def load_params(path: str | os.PathLike, abstract: Params) -> Params:
     """Parameters alone, or the parts of them that `abstract` names.
 
     Args:
@@ -197,7 +242,7 @@ def load_params(path: str | Path, abstract: Params) -> Params:
         return ocp.load_checkpointables(where, {"state": tree})["state"]["params"]
 
 
-def parameters(path: str | Path, names: Iterable[str]) -> Iterator[np.ndarray]:
+def parameters(path: str | os.PathLike, names: Iterable[str]) -> Iterator[np.ndarray]:
     """Parameters one by one, as they are stored, on the host; only the one asked for is read.
 
     Args:

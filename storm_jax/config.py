@@ -304,6 +304,26 @@ class RematConfig:
 
 
 @dataclass(frozen=True)
+class DivergenceConfig:
+    """The run stops when the loss stays above a multiple of its running median."""
+
+    factor: float = 2.0  # of the median; 0: never stops
+    window: int = 100  # steps whose median it is; nothing is judged before there are so many
+    steps: int = 20  # above it, one after another
+
+    def __post_init__(self):
+        _require(
+            self.factor == 0 or self.factor > 1,
+            f"train.divergence.factor={self.factor}: above 1, or 0 for never",
+        )
+        _require(
+            1 <= self.steps <= self.window // 2,
+            f"train.divergence.steps={self.steps} is not between 1 and half of"
+            f" train.divergence.window={self.window}: the median would follow the loss",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The optimisation run."""
 
@@ -318,6 +338,12 @@ class TrainConfig:
     eval_every: int  # 0: only at the end
     eval_samples: int  # records of data.eval that are scored; 0: none
     seed: int = 0
+    skip_nonfinite: int = 0  # updates in a row left out for a loss or gradient that is not finite
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    watchdog: float = 1800.0  # seconds without progress until stacks are shown; 0: never
+    preemption_grace: float = 600.0  # seconds that saving may take after SIGTERM; 0: no limit
+    compile_cache: bool = True  # compiled programs stay in WORKDIR/compiled for the next start
+    log_records: bool = False  # writes which records are in the rows of every step
 
     def __post_init__(self):
         _require(self.steps >= 1, f"train.steps={self.steps} is below 1")

@@ -1,13 +1,17 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and the progress bar. Process 0 writes."""
 
+import contextlib
 import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from storm_jax.workdir import replace_text
 
 
 class MetricWriter:
@@ -15,31 +19,36 @@ class MetricWriter:
 
     A resumed run goes on where its checkpoint stood: lines of later steps, which the interrupted
     run wrote and this one will write again, are removed.
+
+    Attributes:
+      kept: the newest line with a "goodput" at or before `start_step`, None without one.
+      last: the newest line of all, the removed ones among them.
     """
 
     def __init__(self, workdir: Path, start_step: int):
+        self.kept: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = None
         self._active = jax.process_index() == 0
         if not self._active:
             return
         path = workdir / "metrics.jsonl"
         kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    step = json.loads(line)["step"]
-                except json.JSONDecodeError:
-                    continue  # cut off in mid-write when the run was killed
-                if step <= start_step:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept))
+        for row in read_lines(path):
+            self.last = row
+            if row["step"] <= start_step:
+                kept.append(json.dumps(row) + "\n")
+                self.kept = row if "goodput" in row else self.kept
+        replace_text(path, "".join(kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds one line; values are Python numbers."""
+        """Adds one line, with the Unix time; values are Python numbers, null if not finite."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        values = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
@@ -49,6 +58,15 @@ class MetricWriter:
         if self._active:
             self._file.close()
             self._board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a line that a kill cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 class Progress:
@@ -106,17 +124,3 @@ class Progress:
     def close(self) -> None:
         """Leaves the bar as it stands."""
         self._bar.close()
-
-
-def require_finite(step: int, metrics: dict[str, float]) -> None:
-    """Stops a run whose numbers are lost.
-
-    Raises:
-      FloatingPointError: names the step and the metrics that are not finite.
-    """
-    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(
-            f"step {step}: {', '.join(broken)} not finite; lower train.optimizer.rates, or look at"
-            " this batch: the data order is deterministic, so the same command reaches it again"
-        )

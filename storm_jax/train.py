@@ -1,16 +1,15 @@
 """Trains STORM: `python -m storm_jax.train --config=configs/long.py --workdir=DIR`.
 
 The same command on every host of a pod; after an interruption the same command again: it goes on
-from the newest checkpoint in the workdir, with the same batches.
+from the newest checkpoint in the workdir, with the same batches. Exit statuses: `training.exits`.
 """
 
-import dataclasses
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,41 +20,59 @@ from storm_jax import checkpoint
 from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
 from storm_jax.data import pipeline
-from storm_jax.data.load import LoadMeter
 from storm_jax.data.records import RecordError
-from storm_jax.data.sources import BadRecord, DataError, open_sources
+from storm_jax.data.sources import DataError, open_sources
 from storm_jax.data.text import TokenizerError, load_tokenizer, vocabulary_needed
-from storm_jax.flops import Work, peak_flops, training_flops
 from storm_jax.interop.tokenizer_files import save_tokenizer
-from storm_jax.metrics import MetricWriter, Progress, require_finite
+from storm_jax.metrics import MetricWriter
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
-from storm_jax.parallel import sharding
+from storm_jax.parallel import processes, sharding
 from storm_jax.parallel.checks import check_divisible
+from storm_jax.parallel.identity import identity
 from storm_jax.parallel.mesh import make_mesh
+from storm_jax.reporting import BadRecords, RecordLog, Report
+from storm_jax.training import compile_cache, exits, memory
 from storm_jax.training.evaluate import Score, evaluate
+from storm_jax.training.goodput import Goodput
+from storm_jax.training.health import TrainingFailed
 from storm_jax.training.optim import make_optimizer, trainable_parts
+from storm_jax.training.preemption import Preempted, Preemption
 from storm_jax.training.state import TrainState, abstract_state, init_state
-from storm_jax.training.step import make_eval_step, make_train_step
+from storm_jax.training.step import gradient_names, make_eval_step, make_train_step
+from storm_jax.training.watchdog import Watchdog
+from storm_jax.workdir import Workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and metrics go here.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Checkpoints and metrics go here: a folder that all hosts share, or gs://."
+)
 
-# Bad records are judged as a share once this many records have been read.
-_JUDGED_AFTER = 100
+MISTAKES = (ConfigError, CheckpointError, DataError, RecordError, TokenizerError)
+"""The user's to mend: shown without a traceback."""
 
 
-def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
-    """Runs training to its end and returns the final scores by task."""
+def train(config: RunConfig, workdir: str) -> dict[str, Score]:
+    """Runs training to its end and returns the final scores by task.
+
+    Raises:
+      Preempted: SIGTERM came, and the state is saved.
+      TrainingFailed, OutOfMemory, and MISTAKES: the message says what to do.
+    """
     # ------------------------------------------------------------------------- devices and workdir
+    watchdog = Watchdog(config.train.watchdog)
+    clock = Goodput(time.time(), watchdog)
+    compile_cache.enable(config.train.compile_cache, workdir)
+    processes.start()
+    _say(processes.describe())
+    processes.require_same(
+        identity(config, workdir), "Start all hosts with one command and one installation"
+    )
     mesh = make_mesh(config.mesh)
+    _say("mesh " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()))
     _check_batch(config, mesh)
     check_divisible(config, mesh)
-    _prepare(workdir, config)
-    sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    _say(
-        f"{jax.process_count()} process(es), {len(jax.devices())} device(s)"
-        f" ({jax.devices()[0].device_kind}), mesh {sizes}"
-    )
+    preemption = Preemption(mesh, config.train.preemption_grace)
+    folder = Workdir(workdir)
 
     # --------------------------------------------------------------------------------------- model
     model = StormModel(config.model)
@@ -74,32 +91,49 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
 
     # --------------------------------------------------------------- where does the state come from
     # 1. this run's newest checkpoint, 2. parts of earlier runs, 3. random numbers
-    checkpoints = checkpoint.Checkpoints(workdir, config.train.checkpoint)
+    checkpoints = checkpoint.Checkpoints(folder.path, config.train.checkpoint)
     start_step = checkpoints.latest() or 0
-    if start_step:
-        state = checkpoints.restore(abstract, start_step)
-        _say(f"resumed at step {start_step} from {checkpoints.folder}")
-    else:
-        state = init_state(model, optimizer, parts, mesh, config.train.seed)
-        state = _init_from(config, state, abstract)
+    processes.require_same(
+        {"newest checkpoint": str(start_step)}, f"Does every host see {checkpoints.folder}?"
+    )
+    with memory.explained("making the training state", config, activations=False):
+        if start_step:
+            state = checkpoints.restore(abstract, start_step)
+            _say(f"resumed at step {start_step} from {checkpoints.folder}")
+        else:
+            state = init_state(model, optimizer, parts, mesh, config.train.seed)
+            state = _init_from(config, state, abstract)
+        jax.block_until_ready(state)
 
     # ---------------------------------------------------------------------------------------- data
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    _check_vocabulary(config, vocabulary_needed(tokenizer, config.data.chat_template))
-    if jax.process_index() == 0:
-        save_tokenizer(tokenizer, workdir / "tokenizer")
-    batches = pipeline.train_batches(
-        config.data,
-        config.model,
-        tokenizer,
-        batch=config.train.batch,
-        steps=config.train.steps,
-        start_step=start_step,
-        share_index=jax.process_index(),
-        share_count=jax.process_count(),
+    layout = sharding.named(("batch",), (config.train.batch,), mesh)
+    share = processes.share_of(layout, config.train.batch)
+    with processes.together(*MISTAKES, OSError):
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        _check_vocabulary(config, vocabulary_needed(tokenizer, config.data.chat_template))
+        if jax.process_index() == 0:
+            folder.write("config.json", to_json(config))
+            save_tokenizer(tokenizer, folder.local / "tokenizer")
+            folder.sync()
+        batches = pipeline.train_batches(
+            config.data,
+            config.model,
+            tokenizer,
+            batch=config.train.batch,
+            steps=config.train.steps,
+            start_step=start_step,
+            share_index=share.index,
+            share_count=share.count,
+        )
+        evaluates = bool(config.train.eval_samples and config.data.eval)
+        if evaluates:  # mistakes in the held-out set end the run now rather than after it
+            open_sources("eval", config.data.eval, config.data, config.model, tokenizer)
+    processes.require_same(
+        {"fingerprint of the training data": batches.fingerprint},
+        "Every host must see the same files",
     )
-    bad_log = _BadRecords(workdir, config.data.max_bad_fraction)
-    bad_log.log(batches.known_bad)  # `train_batches` has judged their share
+    bad_records = BadRecords(folder.local, config.data.max_bad_fraction)
+    bad_records.log(batches.known_bad)  # `train_batches` has judged their share
     if start_step and checkpoints.fingerprint(start_step) != batches.fingerprint:
         logging.warning(
             "the data set or its layout differs from that of %s at step %d: batches from here on"
@@ -107,9 +141,6 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
             checkpoints.folder,
             start_step,
         )
-    evaluates = bool(config.train.eval_samples and config.data.eval)
-    if evaluates:  # mistakes in the held-out set end the run now rather than after it
-        open_sources("eval", config.data.eval, config.data, config.model, tokenizer)
 
     def place(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         def put(name: str, x: np.ndarray) -> jax.Array:
@@ -122,13 +153,13 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
     # ---------------------------------------------------------------------------------------- loop
     train_step = jax.jit(make_train_step(model, optimizer, config.train), donate_argnums=0)
     eval_step = jax.jit(make_eval_step(model))
-    peak = peak_flops(jax.devices()[0].device_kind)
-    # Rates are those of this process: its share of the batch on its share of the devices.
-    progress = Progress(
-        start_step, config.train.steps, None if peak is None else peak * jax.local_device_count()
+    writer = MetricWriter(folder.local, start_step)
+    clock.resume(writer.kept, writer.last)
+    writer.write(start_step, clock.row())
+    report = Report(
+        config, parts, gradient_names(abstract.params, parts), writer, bad_records, start_step
     )
-    writer = MetricWriter(workdir, start_step)
-    meter = LoadMeter()
+    record_log = RecordLog(folder.local, config.train.log_records)
     scores: dict[str, Score] = {}
 
     def score(step: int) -> dict[str, Score]:
@@ -138,116 +169,85 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
             tokenizer,
             batch=config.train.batch,
             samples=config.train.eval_samples,
-            share_index=jax.process_index(),
-            share_count=jax.process_count(),
+            share_index=share.index,
+            share_count=share.count,
         )
-        bad_log.log(held_out.known_bad)
+        bad_records.log(held_out.known_bad)
 
-        def logged() -> Iterator[pipeline.Batch]:
-            for batch in held_out:
-                bad_log.log(batch.info.errors)
+        def watched() -> Iterator[pipeline.Batch]:
+            for number, batch in enumerate(held_out):
+                clock.enter("evaluate", f"batch {number} of the evaluation after step {step}")
+                bad_records.log(batch.info.errors)
                 yield batch
 
-        result = evaluate(eval_step, state.params, logged(), place)
+        clock.enter("evaluate", f"the evaluation after step {step}", ends=False)  # compiles
+        result = evaluate(eval_step, state.params, watched(), place, counts=share.leads)
         writer.write(step, {f"eval/{k or 'all'}": s.accuracy for k, s in result.items()})
         return result
 
-    with jax.set_mesh(mesh):
-        iterator = iter(batches)
-        pending = None
-        for step in range(start_step + 1, config.train.steps + 1):
+    def save(step: int) -> None:
+        report.flush()  # judges the step: a state that is lost is not saved
+        clock.enter("checkpoint", f"the checkpoint of step {step} to begin")
+        checkpoints.save(state, step, config, batches.fingerprint)
+        writer.write(step, clock.row())
+        folder.sync()
+
+    iterator = iter(batches)
+    first = start_step + 1
+    with (
+        checkpoints.closed_after(TrainingFailed),
+        memory.explained("training", config),
+        jax.set_mesh(mesh),
+    ):
+        for step in range(first, config.train.steps + 1):
+            clock.enter("data", f"the batch of step {step}")
             began = time.perf_counter()
             batch = next(iterator)
             waited = time.perf_counter() - began
-            bad_log.add(batch.info)
-            if step == start_step + 1:
+            record_log.add(step, batch.info)
+            if step == first:
+                clock.enter("compile", "the compiler", ends=False)
                 _say("compiling the training step")
+            else:
+                clock.enter("step", f"step {step - 1} to finish on the devices")
             state, metrics = train_step(state, place(batch.arrays))
-            if step == start_step + 1:
+            if step == first:
                 jax.block_until_ready(metrics)
                 _say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")
-            # The numbers of a step are fetched while the next one runs.
-            if pending is not None:
-                _report(*pending, progress, meter, writer, bad_log, config.train.log_every)
-            work = Work.of(batch.arrays)
-            flops = training_flops(config.model, work, parts)
-            pending = (step, metrics, work, flops, waited, batch.info.load)
-            if step % config.train.checkpoint.every == 0 or step == config.train.steps:
-                checkpoints.save(state, step, config, batches.fingerprint)
+            # The numbers of the step before are fetched while this one runs.
+            report.add(step, batch, metrics, waited)
+            stops = preemption.agreed()
+            if stops or step % config.train.checkpoint.every == 0 or step == config.train.steps:
+                save(step)
+            if stops and step < config.train.steps:
+                clock.enter("checkpoint", f"the checkpoint of step {step} to be written")
+                checkpoints.close()
+                report.close()
+                raise Preempted(f"stopped after step {step}, which is saved in {folder.path}")
             if evaluates and config.train.eval_every and step % config.train.eval_every == 0:
                 scores = score(step)
-        if pending is not None:
-            _report(*pending, progress, meter, writer, bad_log, 1)
-        progress.close()
+        report.close()
         if evaluates:
             _say(f"evaluating on {config.train.eval_samples} held-out records")
             scores = score(config.train.steps)
+
+    # ----------------------------------------------------------------------------------------- end
     batches.close()
+    clock.enter("checkpoint", "the last checkpoint to be written")
     checkpoints.close()
+    writer.write(config.train.steps, clock.row())
     writer.close()
+    record_log.close()
+    folder.close()
+    preemption.close()
+    watchdog.close()
     for line in score_table(scores):
         _say(line)
+    _say(clock.line())
     return scores
 
 
 # ------------------------------------------------------------------------------------- parts of it
-
-
-def _report(
-    step, metrics, work, flops, waited, load, progress, meter, writer, bad_log, every
-) -> None:
-    meter.add(load)
-    progress.add(work.tokens, work.frames, flops, waited)
-    values = {name: float(value) for name, value in metrics.items()}
-    require_finite(step, values)
-    if step % every:
-        return
-    values.update(progress.rates())
-    values.update(meter.rates())
-    values["bad_records"] = bad_log.count
-    writer.write(step, values)
-    progress.show(values)
-
-
-class _BadRecords:
-    """Counts bad records, logs each once, and stops the run when they are too many."""
-
-    def __init__(self, workdir: Path, max_fraction: float):
-        self._path = workdir / "bad_records.jsonl"
-        self._max_fraction = max_fraction
-        # A run that goes on has listed some before.
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        listed = (json.loads(line) for line in lines)
-        self._seen = {(record["source"], record["id"]) for record in listed}
-        self._read = 0
-        self._bad_read = 0
-
-    @property
-    def count(self) -> int:
-        """Distinct bad records so far."""
-        return len(self._seen)
-
-    def add(self, info: pipeline.BatchInfo) -> None:
-        """Records of one training batch."""
-        self.log(info.errors)
-        self._bad_read += len(info.errors)
-        self._read += len(info.errors) + sum(map(len, info.rows))
-        if self._read < _JUDGED_AFTER or self._bad_read <= self._max_fraction * self._read:
-            return
-        raise RuntimeError(
-            f"{self._bad_read} of {self._read} records read so far are bad, more than"
-            f" data.max_bad_fraction={self._max_fraction}; they are listed in {self._path}."
-            " Mend the data (python -m storm_jax.data.validate FILE), or raise the limit"
-        )
-
-    def log(self, errors: tuple[BadRecord, ...]) -> None:
-        """Lists what has not been listed yet, without judging how many there are."""
-        for error in errors:
-            if (error.source, error.id) not in self._seen:
-                self._seen.add((error.source, error.id))
-                logging.warning("bad record %s in %s: %s", error.id, error.source, error.reason)
-                with self._path.open("a") as file:
-                    file.write(json.dumps(dataclasses.asdict(error)) + "\n")
 
 
 def _init_from(config: RunConfig, state: TrainState, abstract: TrainState) -> TrainState:
@@ -259,20 +259,6 @@ def _init_from(config: RunConfig, state: TrainState, abstract: TrainState) -> Tr
             params[part] = checkpoint.load_params(path, {part: abstract.params[part]})[part]
             _say(f"  {part} starts from {path}")
     return state._replace(params=params)
-
-
-def _prepare(workdir: Path, config: RunConfig) -> None:
-    """Makes the workdir and writes the resolved configuration into it."""
-    if jax.process_index():
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(to_json(config))
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir} cannot be written ({error.strerror}); give a folder that this"
-            " user may write to"
-        ) from error
 
 
 def _check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -313,9 +299,18 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     try:
         config = from_mapping(RunConfig, json.loads(_CONFIG.value.to_json_best_effort()))
-        train(config, Path(_WORKDIR.value).expanduser())
-    except (ConfigError, CheckpointError, DataError, RecordError, TokenizerError) as error:
-        sys.exit(f"error: {error}")  # the user's to mend: no traceback
+        if not _WORKDIR.value:
+            raise ConfigError("--workdir is missing: a folder that all hosts share, or gs://...")
+        train(config, _WORKDIR.value)
+    except Preempted as stop:
+        _say(f"{stop}; the same command goes on from there")
+        processes.leave(exits.PREEMPTED)
+    except (*MISTAKES, TrainingFailed, memory.OutOfMemory) as error:
+        print(f"error: {error}", file=sys.stderr)
+        processes.leave(exits.MISTAKE)
+    except Exception:
+        traceback.print_exc()
+        processes.leave(exits.MISTAKE)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Checkpoints: exact, laid out anew on another mesh, and clear about what does not fit."""
 
 import json
+import resource
+import shutil
 
 import jax
 import numpy as np
@@ -100,15 +102,76 @@ def test_missing_checkpoints(saved, tmp_path):
         checkpoint.find(saved[0] / "checkpoints" / "9")
 
 
-def test_half_written_checkpoint_is_not_found(saved, tmp_path):
+@pytest.fixture
+def one(saved, tmp_path):
+    """A workdir with checkpoint 5, and a way to save more."""
+    config, arrays = saved[1], saved[2]
+    state = jax.tree.map(jax.numpy.asarray, arrays)
+
+    def save(*steps: int, keep: int = 3):
+        store = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=keep))
+        try:
+            for step in steps:
+                store.save(state, step, config, "abc")
+        finally:
+            store.close()
+
+    save(5)
+    return tmp_path, save
+
+
+def names(workdir) -> list[str]:
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def test_half_written_checkpoint_is_not_found_and_removed(one):
     """What a kill in mid-save leaves behind: a temporary folder."""
-    config, state = saved[1], saved[2]
-    store = Checkpoints(tmp_path, CheckpointConfig(every=1))
-    store.save(jax.tree.map(jax.numpy.asarray, state), 5, config, "abc")
+    workdir, save = one
+    (workdir / "checkpoints" / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    assert checkpoint.find(workdir)[1] == 5
+    assert "6.orbax-checkpoint-tmp" in names(workdir)  # whoever only reads removes nothing
+    save(6)
+    assert names(workdir) == ["5", "6"]
+
+
+def test_half_removed_checkpoint_does_no_harm(one, saved):
+    """What a kill leaves behind while an old one is removed."""
+    workdir, save = one
+    save(6)
+    old = workdir / "checkpoints" / "5"
+    (old / "_CHECKPOINT_METADATA").unlink()
+    shutil.rmtree(old / "state" / "d")
+    store = Checkpoints(workdir, CheckpointConfig(every=1, keep=2))
+    assert store.latest() == 6 and store.fingerprint(6) == "abc"
+    abstract = abstract_state(*setup(saved[1], 8, MeshConfig(2, 2, 2)))
+    jax.tree.map(np.testing.assert_array_equal, store.restore(abstract, 6), saved[2])
     store.close()
-    (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    assert checkpoint.find(tmp_path)[1] == 5
-    assert Checkpoints(tmp_path, CheckpointConfig(every=1)).latest() == 5
+    save(7, keep=2)
+    assert names(workdir) == ["6", "7"]
+
+
+def test_a_save_that_fails_is_told_and_loses_nothing(one):
+    """The disk takes no more than a few kilobytes of a file."""
+    workdir, save = one
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written to .*checkpoints: .*whole"):
+            save(6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.find(workdir)[1] == 5
+    save(6)
+    assert names(workdir) == ["5", "6"]
+
+
+def test_an_error_lets_a_save_finish(saved, tmp_path):
+    config, state = saved[1], jax.tree.map(jax.numpy.asarray, saved[2])
+    store = Checkpoints(tmp_path, CheckpointConfig(every=1))
+    with pytest.raises(KeyError), store.closed_after():
+        store.save(state, 4, config, "abc")
+        raise KeyError
+    assert names(tmp_path) == ["4"]
 
 
 def test_layout_version_is_checked(saved, tmp_path, monkeypatch):

@@ -16,9 +16,11 @@ MAY_IMPORT = {
     "models": {"config", "parallel"},
     "data": {"config", "frames"},
     "flops": {"config", "models"},
-    "metrics": set(),
+    "workdir": {"config", "parallel"},
+    "metrics": {"workdir"},
+    "reporting": {"config", "data", "flops", "metrics", "parallel", "training"},
     "training": {"config", "parallel", "models"},
-    "checkpoint": {"config", "models", "training"},
+    "checkpoint": {"config", "models", "training", "workdir"},
     "inference": {"config", "parallel", "models", "training", "checkpoint"},
     "interop": {"config", "data", "frames", "models"},
 }

@@ -16,9 +16,11 @@ that sample, and the failure is in `BatchInfo.errors`. What is known to fail bef
 decoded (unreadable, no probe, too long) is left out of the plan, and is in `Batches.known_bad`.
 """
 
+import faulthandler
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import weakref
@@ -387,6 +389,9 @@ def _start_worker(_worker: int, _workers: int):
     jax = sys.modules.get("jax")  # Grain imports it, and it has read the environment by then
     if jax is not None:
         jax.config.update("jax_platforms", "cpu")
+    # A signal to the whole process group: the main process saves, and needs rows until it has.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # the watchdog of training asks for stacks
     # A worker whose parent was killed would wait for ever to hand over its next row.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -25,7 +25,9 @@ def make_train_step(
 
     The loss is the sum over all answer tokens of the global batch divided by their number, whatever
     the number of microbatches. Metrics are float32 scalars: loss (with the z-loss), nll, accuracy
-    (of answer tokens, teacher forced), answer_tokens, grad_norm, learning_rate (relative to peak).
+    (of answer tokens, teacher forced), answer_tokens, grad_norm, grad_norm/PART, learning_rate
+    (relative to peak), and with config.skip_nonfinite skipped (1 where the update was left out);
+    and one vector: grad_norms, of the parameters that `gradient_names` names.
     """
     parts = trainable_parts(config.optimizer)
     relative_rate = schedule(config.optimizer, config.steps)
@@ -55,18 +57,35 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = update(optimizer, grads, state.opt_state, trained)
         params = {**cast(Params, optax.apply_updates(trained, updates)), **frozen}
+        norms = {part: _norms(grads[part]) for part in sorted(grads)}
         metrics = {
             "loss": (sums.nll + config.z_loss * sums.z) / count,
             "nll": sums.nll / count,
             "accuracy": sums.correct / count,
             "answer_tokens": sums.tokens,
             "grad_norm": optax.tree.norm(grads),
+            **{f"grad_norm/{part}": jnp.linalg.norm(norms[part]) for part in norms},
+            "grad_norms": jnp.concatenate(list(norms.values())),
             "learning_rate": jnp.asarray(relative_rate(state.step)),
         }
         params = {part: params[part] for part in state.params}  # the order of the tree stays
+        if config.skip_nonfinite:
+            good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            metrics["skipped"] = 1.0 - good
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def gradient_names(params: Params, parts: tuple[str, ...]) -> list[str]:
+    """Names ("vit/patch/weight") in the order of the metric grad_norms."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(split_parts(params, parts)[0])
+    return ["/".join(str(key.key) for key in path) for path, _ in leaves]
 
 
 def make_eval_step(model: StormModel) -> Callable[[Params, Batch], Any]:
@@ -83,6 +102,10 @@ def make_eval_step(model: StormModel) -> Callable[[Params, Batch], Any]:
         return shard(nll, "batch", None), shard(correct, "batch", None)
 
     return eval_step
+
+
+def _norms(tree: Params) -> jax.Array:
+    return jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def _zeros_like(tree: Params) -> Params:

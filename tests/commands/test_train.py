@@ -2,10 +2,15 @@
 
 import json
 import os
+import re
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
+from storm_jax.training import exits
+from tests.commands import kill_repeatedly
 from tests.commands.conftest import training
 
 
@@ -30,9 +35,14 @@ def test_runs_to_the_end(trained):
     values = losses(workdir)
     assert sorted(values) == list(range(1, 13))
     assert values[12] < values[1] - 0.5
-    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-2])
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = next(row for row in reversed(rows) if "loss" in row)
     for name in ("step_seconds", "tokens_per_second", "frames_per_second", "bad_records"):
         assert name in last
+    assert rows[-1]["restarts"] == 0 and rows[-1]["seconds/lost"] == 0
+    for phase in ("start", "compile", "data", "step", "checkpoint", "evaluate"):
+        assert rows[-1][f"seconds/{phase}"] > 0
+    assert f"goodput {rows[-1]['goodput']:.1%} of start" in err
     assert "mfu" not in last  # the peak of a CPU is not known
     assert "held-out accuracy  direction" in err and "8 frames are 8 tokens" in err
     assert list((workdir / "tensorboard").iterdir())
@@ -57,6 +67,70 @@ def test_killed_run_goes_on_bit_for_bit(trained, videos, tmp_path):
     assert status == 0, err
     assert "resumed at step" in err
     assert losses(workdir) == losses(trained[0])  # float32 as JSON: equal to the last bit
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["restarts"] == 1 and last["seconds/down"] > 0
+
+
+@pytest.mark.slow
+def test_a_lost_loss_ends_the_run_with_its_records_and_is_not_saved(videos, tmp_path):
+    status, _, err = training(
+        videos,
+        tmp_path,
+        "--config.train.optimizer.rates.decoder=1e30",
+        "--config.train.optimizer.warmup_fraction=0.0",
+        "--config.train.checkpoint.every=1",
+        "--config.train.eval_samples=0",
+    ).finish()
+    assert status == exits.MISTAKE
+    assert "error: step 2: " in err and "loss" in err and "the forward pass is at fault" in err
+    assert "The batch of step 2:\n  process 0 row 0: train_" in err
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.slow
+def test_out_of_memory_is_explained(videos, tmp_path):
+    status, _, err = training(
+        videos, tmp_path, "--config.model.decoder.vocab_size=2000000000"
+    ).finish()
+    assert status == exits.MISTAKE
+    assert "error: out of memory while making the training state: " in err
+    assert "512000000000 bytes" in err and "mesh.fsdp (now -1)" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_hangs_is_reported(videos, tmp_path):
+    command = training(
+        videos,
+        tmp_path,
+        "--config.train.steps=100000",
+        "--config.train.eval_samples=0",
+        "--config.train.watchdog=8",
+        "--config.data.workers=1",
+        "--config.data.prefetch_megabytes=1",
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "metrics.jsonl").exists() or max(losses(tmp_path), default=0) < 3:
+        assert command.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    tasks = Path(f"/proc/{command.process.pid}/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    (worker,) = [c for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        command.process.wait(120)
+    finally:
+        command.process.kill()
+        os.kill(worker, signal.SIGKILL)  # it holds the pipes open
+    status, _, err = command.finish()
+    assert status == exits.STUCK, err[-3000:]
+    assert re.search(r"waiting for the batch of step \d+", err) and "in train" in err
+
+
+@pytest.mark.slow
+def test_five_kills(videos, tmp_path):
+    """The shorter version of `python -m tests.commands.kill_repeatedly`."""
+    tally = kill_repeatedly.run(videos, tmp_path / "run", kills=5, seed=3)
+    assert tally.kills == 5 and tally.last_checkpoint > 0
 
 
 def test_later_stage_starts_from_parts_of_an_earlier_one(trained, videos, tmp_path):

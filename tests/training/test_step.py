@@ -13,9 +13,10 @@ from storm_jax.parallel import sharding
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.optim import make_optimizer, trainable_parts
 from storm_jax.training.state import abstract_state, init_state
-from storm_jax.training.step import make_train_step
+from storm_jax.training.step import gradient_names, make_train_step
 from tests.tiny import packed_batch, run_config
 
+SCALE = jax.tree_util.DictKey("scale")
 SMALL = {"model.decoder.layers": 1, "train.steps": 4, "train.optimizer.warmup_fraction": 0.0}
 
 
@@ -57,7 +58,7 @@ def run(overrides: dict, mesh_config: MeshConfig, devices: int, steps: int = 2, 
                 k: jax.device_put(v, sharding.of_batch(k, v.shape, mesh)) for k, v in batch.items()
             }
             state, values = step(state, placed)
-            metrics.append({k: float(v) for k, v in values.items()})
+            metrics.append({k: float(v) for k, v in values.items() if v.ndim == 0})
     assert step._cache_size() == 1, "the second step compiled again"
     moved = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layouts)
     assert all(jax.tree.leaves(moved)), "the state changed its layout"
@@ -121,6 +122,49 @@ def test_frozen_parts_stay_and_the_rest_moves():
             assert all(same), part
         else:
             assert not any(same), part
+
+
+def test_gradient_norms_by_part_and_parameter(one_device):
+    metrics = one_device[2][0]
+    parts = {name: value for name, value in metrics.items() if name.startswith("grad_norm/")}
+    assert set(parts) == {f"grad_norm/{part}" for part in one_device[0]}
+    assert sum(x**2 for x in parts.values()) == pytest.approx(metrics["grad_norm"] ** 2, rel=1e-5)
+
+
+def test_updates_that_are_not_finite_are_skipped_if_asked(one_device):
+    config = run_config(**SMALL, **{"train.skip_nonfinite": 1})
+    model, optimizer, mesh, state, _ = first_state((), MeshConfig(1, 1, 1), 1)
+    step = jax.jit(make_train_step(model, optimizer, config.train))
+
+    def spoil(path, x):
+        return x + jnp.inf if path[-2:] == (jax.tree_util.DictKey("norm"), SCALE) else x
+
+    with jax.set_mesh(mesh):
+        batch = packed_batch(config.model, rows=8, length=40, frames=6, seed=0)
+        batch = jax.tree.map(jnp.asarray, batch)
+        good, metrics = step(state, batch)
+        broken = state._replace(params=jax.tree_util.tree_map_with_path(spoil, state.params))
+        after, lost = step(broken, batch)
+
+    # Finite: as without the option.
+    assert metrics["skipped"] == 0 and int(good.step) == 1
+    for name in ("loss", "grad_norm", "grad_norm/vit"):
+        assert float(metrics[name]) == pytest.approx(one_device[2][0][name], rel=1e-5)
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), good.params, state.params)
+    assert all(any(jax.tree.leaves(tree)) for tree in moved.values())
+    # Not finite: nothing but the position in the data changes.
+    assert not np.isfinite(lost["loss"]) and lost["skipped"] == 1 and int(after.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, broken.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, broken.opt_state)
+
+    names = gradient_names(state.params, trainable_parts(config.train.optimizer))
+    norms = np.asarray(metrics["grad_norms"])
+    assert len(names) == len(norms) == len(set(names))
+    for part in state.params:
+        own = norms[[name.startswith(f"{part}/") for name in names]]
+        np.testing.assert_allclose(np.linalg.norm(own), metrics[f"grad_norm/{part}"], rtol=1e-5)
+    only = gradient_names(state.params, ("temporal", "projector"))
+    assert only == [name for name in names if name.startswith(("projector/", "temporal/"))]
 
 
 def test_z_loss_is_added(one_device):

@@ -1,0 +1,249 @@
+"""Several processes on this machine, as on a pod: killed, stopped, restarted in other numbers.
+
+Every run has the model of configs/debug.py in float32, and is stopped by SIGTERM to one process.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from storm_jax.config import RunConfig, from_json
+from storm_jax.data import pipeline
+from storm_jax.data.text import load_tokenizer
+from storm_jax.parallel import processes
+from storm_jax.training import exits
+from tests.commands.kill_repeatedly import losses, whole
+from tests.compilation import QUICK
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+EVERY, LAST = 3, 10  # steps between checkpoints; steps that are compared
+# Losses of one run on another number of devices: sums of float32 in another order, through the
+# steps of Adam. Measured: 1e-7 (docs/checkpoints.md).
+TOLERANCE = 1e-5
+
+
+class Run:
+    """`launch/local_processes.sh` with the smallest run."""
+
+    def __init__(self, videos: Path, workdir: Path, count: int, devices: int, *more: str):
+        settings = {
+            "data.train[0].path": videos / "train.jsonl",
+            "data.tokenizer": videos / "tokenizer",
+            "train.steps": 1000,
+            "train.eval_samples": 0,
+            "train.checkpoint.every": EVERY,
+            "train.log_records": True,
+        }
+        self.workdir, self.log = workdir, workdir.with_name(f"{workdir.name}.log")
+        with self.log.open("w") as out:
+            self.launcher = subprocess.Popen(
+                [
+                    ROOT / "launch" / "local_processes.sh",
+                    str(count),
+                    str(devices),
+                    *(sys.executable, "-m", "storm_jax.train", "--config=configs/debug.py"),
+                    f"--workdir={workdir}",
+                    *(f"--config.{name}={value}" for name, value in settings.items()),
+                    *more,
+                ],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "XLA_FLAGS": " ".join(QUICK),
+                    "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+                },
+                stdout=out,
+                stderr=out,
+            )
+
+    def until_step(self, step: int) -> None:
+        """Waits until the metrics show a step."""
+        limit = time.monotonic() + 400
+        while max(losses(self.workdir), default=0) < step:
+            assert self.launcher.poll() is None and time.monotonic() < limit, self.said()
+            time.sleep(0.05)
+
+    def send(self, number: int, process: int) -> None:
+        """A signal to one process."""
+        wanted = (f"STORM_PROCESS_ID={process}", f"--workdir={self.workdir}")
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (folder / "environ").read_text().split("\0")
+                command = (folder / "cmdline").read_text().split("\0")
+            except OSError:
+                continue
+            if wanted[0] in environment and wanted[1] in command and "bash" not in command[0]:
+                os.kill(int(folder.name), number)
+                return
+        raise AssertionError(f"no process {process}:\n{self.said()}")
+
+    def finish(self) -> int:
+        """The launcher's exit status."""
+        return self.launcher.wait(300)
+
+    def stop(self, process: int) -> int:
+        """SIGTERM to one process; returns the step that was saved."""
+        self.send(signal.SIGTERM, process)
+        assert self.finish() == exits.PREEMPTED, self.said()
+        assert f"process {process}: SIGTERM" in self.said()
+        return whole(self.workdir / "checkpoints")[-1]
+
+    def said(self) -> str:
+        return self.log.read_text()[-5000:]
+
+
+def records(workdir: Path, batch: int) -> dict[int, list[list[str]]]:
+    """The ids in each row of every global batch, from what all processes wrote."""
+    steps: dict[int, dict[int, dict]] = {}
+    for path in workdir.glob("records-*.jsonl"):
+        process = int(path.stem.split("-")[1])
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            steps.setdefault(row["step"], {})[process] = row  # the last one counts
+    result = {}
+    for step, by_process in steps.items():
+        count = by_process[0]["processes"]
+        assert all(by_process[number]["processes"] == count for number in range(count)), step
+        rows = [by_process[number % count]["rows"][number // count] for number in range(batch)]
+        result[step] = rows
+    return result
+
+
+def planned(workdir: Path) -> dict[int, list[list[str]]]:
+    """The same from the data pipeline in this one process."""
+    config = from_json(RunConfig, (workdir / "config.json").read_text())
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    with pipeline.train_batches(
+        config.data, config.model, tokenizer, batch=config.train.batch, steps=LAST
+    ) as batches:
+        return {
+            step: [[sample.id for sample in row] for row in batch.info.rows]
+            for step, batch in enumerate(batches, start=1)
+        }
+
+
+@pytest.fixture(scope="module")
+def killed(videos, tmp_path_factory):
+    """2 processes x 4 devices, one of which was killed: the workdir and the losses until then."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    run = Run(videos, workdir, 2, 4)
+    run.until_step(2 * EVERY + 2)
+    run.send(signal.SIGKILL, 1)
+    assert run.finish() not in (0, exits.PREEMPTED), run.said()
+    assert whole(workdir / "checkpoints")
+    return workdir, losses(workdir)
+
+
+@pytest.fixture(scope="module")
+def same_again(killed, videos, tmp_path_factory):
+    """The same command again after the kill, stopped in order: workdir and losses."""
+    workdir = tmp_path_factory.mktemp("same") / "run"
+    shutil.copytree(killed[0], workdir)
+    newest = whole(workdir / "checkpoints")[-1]
+    run = Run(videos, workdir, 2, 4)
+    run.until_step(LAST)
+    saved = run.stop(process=1)
+    assert f"resumed at step {newest}" in run.log.read_text()
+    assert saved >= LAST and max(losses(workdir)) == saved
+    return workdir, losses(workdir)
+
+
+def test_the_same_number_of_processes_goes_on_exactly(killed, same_again):
+    before, after = killed[1], same_again[1]
+    repeated = [step for step in before if step in after]
+    assert sorted(before) == repeated and {s: after[s] for s in before} == before
+    batches = records(same_again[0], 8)
+    assert {step: batches[step] for step in range(1, LAST + 1)} == planned(same_again[0])
+
+
+@pytest.mark.parametrize("count, devices", [(1, 4), (4, 2)])
+def test_other_numbers_of_processes_go_on_alike(
+    killed, same_again, videos, tmp_path, count, devices
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(killed[0], workdir)
+    newest = whole(workdir / "checkpoints")[-1]
+    run = Run(videos, workdir, count, devices)
+    run.until_step(LAST)
+    run.stop(process=count - 1)
+    assert f"resumed at step {newest}" in run.log.read_text()
+    text = run.log.read_text()
+    assert f"{count} process(es), {count * devices} device(s)" in text
+    after = losses(workdir)
+    differences = [abs(after[s] / same_again[1][s] - 1) for s in range(newest + 1, LAST + 1)]
+    print(f"{count} x {devices}: losses differ by at most {max(differences):.1e}")
+    for step in range(newest + 1, LAST + 1):
+        assert after[step] == pytest.approx(same_again[1][step], rel=TOLERANCE), step
+    batches = records(workdir, 8)
+    assert {step: batches[step] for step in range(1, LAST + 1)} == planned(workdir)
+
+
+def test_a_process_that_hangs_is_reported_by_the_others(videos, tmp_path):
+    run = Run(videos, tmp_path / "run", 2, 1, "--config.train.watchdog=6")
+    run.until_step(2)
+    run.send(signal.SIGSTOP, 1)
+    assert run.finish() == exits.STUCK, run.said()
+    said = run.log.read_text()
+    assert re.search(r"no progress for .*train.watchdog=6\): waiting for .*step \d+", said)
+    assert "most recent call first" in said and "still waiting for" in said
+
+
+def apart(videos: Path, workdir: Path, variants: list[dict[str, str]]) -> list[tuple[int, str]]:
+    """Starts one process for each variant of environment and overrides; status and error output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number, variant in enumerate(variants):
+        overrides = [f"--{name}={value}" for name, value in variant.items() if "." in name]
+        environment = {name: value for name, value in variant.items() if "." not in name}
+        started.append(
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "storm_jax.train", "--config=configs/debug.py"),
+                    *(f"--workdir={workdir}", *overrides),
+                ],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "JAX_PLATFORMS": "cpu",
+                    "XLA_FLAGS": " ".join(QUICK),
+                    "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+                    processes.COORDINATOR: f"127.0.0.1:{port}",
+                    processes.COUNT: str(len(variants)),
+                    processes.INDEX: str(number),
+                    **environment,
+                },
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return [(process.returncode, err) for process in started for err in process.communicate()[1:]]
+
+
+def test_hosts_with_another_configuration_are_told(videos, tmp_path):
+    variants = [{}, {"config.train.batch": "16", "XLA_FLAGS": " ".join(QUICK[:-1])}, {}]
+    for status, err in apart(videos, tmp_path / "run", variants):
+        assert status == exits.MISTAKE, err
+        assert "the processes of this run differ" in err
+        assert "config.train.batch: '8' on process 0 (" in err and "'16' on process 1 (" in err
+        assert "XLA_FLAGS: " in err and "config.train.steps" not in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_fewer_devices_than_the_launcher_says(videos, tmp_path):
+    variants = [{processes.EXPECTED_DEVICES: "8"}] * 2
+    for status, err in apart(videos, tmp_path / "run", variants):
+        assert status == exits.MISTAKE, err
+        assert "2 devices have come together, but STORM_EXPECT_DEVICES=8" in err
