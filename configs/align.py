@@ -5,11 +5,11 @@
     python -m storm_jax.train --config=configs/align.py:size=tiny --workdir=DIR
 """
 
-from configs import common
+from configs import clusters, common
 
 
 def get_config(arg: str | None = None):
-    size = common.size_of(arg, default="qwen2_7b")
+    size, cluster = common.arguments(arg, default="qwen2_7b")
     c = common.run("align", size)
     # "temporal projector only" (paper section 4.1); the rate is VILA's.
     c.train.optimizer.rates.vit = 0.0
@@ -28,4 +28,6 @@ def get_config(arg: str | None = None):
     c.data.sequence_length = 6144  # 16 images of 256 tokens and their captions
     c.train.batch = 128
     c.train.steps = 290  # 595K pairs / (128 rows x 16 pairs)
+    if cluster:
+        clusters.place(c, cluster)
     return c

@@ -7,6 +7,8 @@ A config is a plain `ml_collections.ConfigDict`. Any field can be set on the com
 
 from ml_collections import ConfigDict
 
+from configs import clusters
+
 
 def vit(name: str) -> ConfigDict:
     """SigLIP (arXiv 2303.15343): "so400m" (patches of 14), "base" (patches of 16) or "tiny"."""
@@ -85,17 +87,22 @@ TOKENIZERS = {
 }
 
 
-def size_of(arg: str | None, default: str) -> str:
-    """The size named by the text behind the colon of `--config=FILE:size=NAME`."""
-    if not arg:
-        return default
-    key, _, size = arg.partition("=")
-    if key != "size" or size not in TOKENIZERS:
-        raise ValueError(
-            f"config argument {arg!r} is not understood: write size=NAME, NAME one of"
-            f" {', '.join(TOKENIZERS)}"
-        )
-    return size
+def arguments(arg: str | None, default: str) -> tuple[str, str]:
+    """(size, cluster) from the text behind the colon of `--config=FILE:size=NAME,cluster=NAME`."""
+    chosen = {"size": default, "cluster": ""}
+    names = {"size": TOKENIZERS, "cluster": clusters.CLUSTERS}
+    for item in filter(None, (arg or "").split(",")):
+        key, _, value = item.partition("=")
+        if key not in names or value not in names[key]:
+            offered = "; ".join(f"{k}= one of {', '.join(v)}" for k, v in names.items())
+            raise ValueError(
+                f"config argument {item!r} is not understood: write size=NAME,cluster=NAME or one"
+                f" of them, {offered}"
+            )
+        chosen[key] = value
+    if chosen["size"] == "tiny" and chosen["cluster"]:
+        raise ValueError("size=tiny runs on one device: leave cluster out")
+    return chosen["size"], chosen["cluster"]
 
 
 def source(path: str, media_root: str = "", weight: float = 1.0) -> ConfigDict:

@@ -7,7 +7,7 @@ from configs import common
 
 
 def get_config(arg: str | None = None):
-    size = common.size_of(arg, default="tiny")
+    size, _ = common.arguments(arg, default="tiny")
     c = common.run("debug", size)
     c.train.steps = 20
     c.train.batch = 8

@@ -7,11 +7,11 @@ The first needs a pod. The second trains the same path on a laptop's CPU, on vid
 `python -m storm_jax.data.synthetic --out=data/synthetic` makes, 8 frames each.
 """
 
-from configs import common
+from configs import clusters, common
 
 
 def get_config(arg: str | None = None):
-    size = common.size_of(arg, default="qwen2_7b")  # the paper's decoder
+    size, cluster = common.arguments(arg, default="qwen2_7b")  # the paper's decoder
     c = common.run("long", size)
     if size == "tiny":
         return c
@@ -24,4 +24,6 @@ def get_config(arg: str | None = None):
     c.data.sequence_length = 9216  # 8K visual tokens (paper table 2) and 1K of text
     c.train.batch = 256  # not in the paper
     c.train.steps = 5_000  # 1.35M samples / 256 rows; short clips share a row
+    if cluster:
+        clusters.place(c, cluster)
     return c

@@ -4,11 +4,11 @@ python -m storm_jax.train --config=configs/sft.py --workdir=DIR --config.init_fr
 python -m storm_jax.train --config=configs/sft.py:size=tiny --workdir=DIR
 """
 
-from configs import common
+from configs import clusters, common
 
 
 def get_config(arg: str | None = None):
-    size = common.size_of(arg, default="qwen2_7b")
+    size, cluster = common.arguments(arg, default="qwen2_7b")
     c = common.run("sft", size)
     if size == "tiny":
         return c
@@ -24,4 +24,6 @@ def get_config(arg: str | None = None):
     c.data.sequence_length = 16_384
     c.train.batch = 512  # not in the paper
     c.train.steps = 10_000
+    if cluster:
+        clusters.place(c, cluster)
     return c

@@ -258,5 +258,8 @@ def test_every_size_builds_whole(size):
 
 
 def test_an_unknown_size_is_named():
-    with pytest.raises(ValueError, match="size=gemma9_9b.*gemma2_2b"):
-        common.size_of("size=gemma9_9b", "tiny")
+    with pytest.raises(ValueError, match="size=gemma9_9b.*gemma2_2b.*v5p_512"):
+        common.arguments("size=gemma9_9b", "tiny")
+    with pytest.raises(ValueError, match="cluster=v9"):
+        common.arguments("size=qwen2_7b,cluster=v9", "tiny")
+    assert common.arguments("cluster=v5p_512", "qwen2_7b") == ("qwen2_7b", "v5p_512")
