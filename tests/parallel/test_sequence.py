@@ -88,7 +88,8 @@ def test_evaluation():
     there = batch["targets"] >= 0
     assert nll.sharding.shard_shape(nll.shape) == (4, 48)  # as `training.evaluate` reads them
     for got, e in ((nll, expected[0]), (correct, expected[1])):
-        np.testing.assert_allclose(np.asarray(got)[there], np.asarray(e)[there], rtol=1e-5)
+        # A small one is the difference of two numbers near 10.
+        np.testing.assert_allclose(np.asarray(got)[there], np.asarray(e)[there], 1e-5, 2e-6)
 
 
 @pytest.mark.slow
