@@ -87,8 +87,9 @@ def test_evaluation():
         nll, correct = step(*place(model, params, batch, mesh))
     there = batch["targets"] >= 0
     assert nll.sharding.shard_shape(nll.shape) == (4, 48)  # as `training.evaluate` reads them
-    np.testing.assert_allclose(nll[there], expected[0][there], rtol=1e-5)
-    np.testing.assert_array_equal(correct[there], expected[1][there])
+    for got, e in ((nll, expected[0]), (correct, expected[1])):
+        # A small one is the difference of two numbers near 10.
+        np.testing.assert_allclose(np.asarray(got)[there], np.asarray(e)[there], 1e-5, 2e-6)
 
 
 @pytest.mark.slow
