@@ -27,6 +27,7 @@ from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.metrics import MetricWriter
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
 from storm_jax.parallel import processes, sharding
+from storm_jax.parallel.checks import check_divisible
 from storm_jax.parallel.identity import identity
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.reporting import BadRecords, RecordLog, Report
@@ -70,6 +71,7 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
     mesh = make_mesh(config.mesh)
     _say("mesh " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()))
     _check_batch(config, mesh)
+    check_divisible(config, mesh)
     preemption = Preemption(mesh, config.train.preemption_grace)
     folder = Workdir(workdir)
 
@@ -142,12 +144,12 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
         )
 
     def place(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        def put(x: np.ndarray) -> jax.Array:
+        def put(name: str, x: np.ndarray) -> jax.Array:
             shape = (config.train.batch, *x.shape[1:])
-            layout = sharding.named(("batch", *[None] * (x.ndim - 1)), shape, mesh)
+            layout = sharding.of_batch(name, shape, mesh)
             return jax.make_array_from_process_local_data(layout, x, shape)
 
-        return {name: put(x) for name, x in arrays.items()}
+        return {name: put(name, x) for name, x in arrays.items()}
 
     # ---------------------------------------------------------------------------------------- loop
     train_step = jax.jit(make_train_step(model, optimizer, config.train), donate_argnums=0)

@@ -9,7 +9,7 @@ import optax
 
 from storm_jax.config import TrainConfig
 from storm_jax.models.storm import Params, StormModel
-from storm_jax.parallel.sharding import reshape
+from storm_jax.parallel.sharding import reshape, shard
 from storm_jax.training.loss import LossSums, loss_sums, position_scores
 from storm_jax.training.optim import schedule, split_parts, trainable_parts, update
 from storm_jax.training.state import TrainState
@@ -98,7 +98,8 @@ def make_eval_step(model: StormModel) -> Callable[[Params, Batch], Any]:
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         storm = model.bind(params)
-        return position_scores(storm.decoder, storm(batch), batch["targets"])
+        nll, correct = position_scores(storm.decoder, storm(batch), batch["targets"])
+        return shard(nll, "batch", None), shard(correct, "batch", None)
 
     return eval_step
 

@@ -55,10 +55,7 @@ def run(overrides: dict, mesh_config: MeshConfig, devices: int, steps: int = 2, 
             if targets is not None:
                 batch["targets"][targets:] = -1
             placed = {
-                k: jax.device_put(
-                    v, sharding.named(("batch", *[None] * (v.ndim - 1)), v.shape, mesh)
-                )
-                for k, v in batch.items()
+                k: jax.device_put(v, sharding.of_batch(k, v.shape, mesh)) for k, v in batch.items()
             }
             state, values = step(state, placed)
             metrics.append({k: float(v) for k, v in values.items() if v.ndim == 0})
@@ -104,6 +101,9 @@ def test_accumulation_gives_the_loss_of_the_whole_batch():
     assert_same(cut, whole, rtol=1e-5)
     both = run({"train.accumulation": 4}, MeshConfig(2, 1, 1), devices=2, targets=3)
     assert_same(both, whole, rtol=1e-5)
+    # Frames of a microbatch stay split over seq.
+    split = run({"train.accumulation": 2}, MeshConfig(data=2, seq=2), devices=4, targets=3)
+    assert_same(split, whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ("dots", "names", "full"))
