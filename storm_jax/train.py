@@ -40,7 +40,7 @@ from storm_jax.training.preemption import Preempted, Preemption
 from storm_jax.training.state import TrainState, abstract_state, init_state
 from storm_jax.training.step import gradient_names, make_eval_step, make_train_step
 from storm_jax.training.watchdog import Watchdog
-from storm_jax.workdir import Workdir
+from storm_jax.workdir import Workdir, location
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -61,7 +61,8 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
     # ------------------------------------------------------------------------- devices and workdir
     watchdog = Watchdog(config.train.watchdog)
     clock = Goodput(time.time(), watchdog)
-    compile_cache.enable(config.train.compile_cache, workdir)
+    if config.train.compile_cache:
+        compile_cache.enable(str(location(workdir) / "compiled"))
     processes.start()
     _say(processes.describe())
     processes.require_same(

@@ -25,6 +25,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Files that take longest come first, so that two workers end together.
 LONG = (
+    "commands/test_processes.py",
     "commands/test_train.py",
     "interop/test_export.py",
     "kernels/test_triton_gpu.py",
