@@ -108,8 +108,8 @@ def test_accumulation_gives_the_loss_of_the_whole_batch():
 
 @pytest.mark.parametrize("remat", ("dots", "names", "full"))
 def test_remat_changes_nothing(one_device, remat):
-    how = {"policy": remat, "saved": SAVED_NAMES}
-    changes = {f"train.remat.{part}": how for part in ("vit", "temporal", "decoder")}
+    changes = {f"train.remat.{part}.policy": remat for part in ("vit", "temporal", "decoder")}
+    changes |= {f"train.remat.{part}.saved": SAVED_NAMES for part in ("vit", "temporal", "decoder")}
     assert_same(run(changes, MeshConfig(1, 1, 1), devices=1), one_device, rtol=1e-6)
 
 
