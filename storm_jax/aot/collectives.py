@@ -1,0 +1,188 @@
+"""What devices send each other in one step: every collective of the program, by kind and mesh axes."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from storm_jax.aot.hlo import Computation, Instruction, Program
+from storm_jax.config import ConfigError
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective operation.
+
+    Attributes:
+      name: of the instruction.
+      kind: one of `KINDS`. A sum of which each device keeps a part is a reduce-scatter also where
+        the compiler writes it as an all-reduce inside a fusion.
+      axes: mesh axes along which its devices differ; empty: each device is alone.
+      groups: int [groups, size], positions in the flattened mesh that exchange; for a permute
+        [pairs, 2], source and target.
+      operand_bytes: what one device puts in.
+      times: executions a step.
+      source: the JAX operation that it comes from, as far as the compiler says.
+    """
+
+    name: str
+    kind: str
+    axes: tuple[str, ...]
+    groups: np.ndarray
+    operand_bytes: int
+    times: float
+    source: str
+
+    @property
+    def size(self) -> int:
+        """Devices of a group."""
+        return self.groups.shape[1]
+
+    @property
+    def received_bytes(self) -> float:
+        """What one device receives from others at each execution, by the best algorithm.
+
+        V is the operand: an all-gather receives V (n - 1), a reduce-scatter and an all-to-all
+        V (n - 1) / n, an all-reduce the two of them one after the other, a permute V.
+        """
+        V, n = self.operand_bytes, self.size
+        return {
+            "all-gather": V * (n - 1),
+            "all-reduce": 2 * V * (n - 1) / n,
+            "reduce-scatter": V * (n - 1) / n,
+            "all-to-all": V * (n - 1) / n,
+            "collective-permute": V if len(self.groups) else 0,
+        }[self.kind]
+
+
+def collectives(program: Program, mesh: jax.sharding.Mesh) -> list[Collective]:
+    """All collectives that `program`, compiled for `mesh`, executes."""
+    found = []
+    for computation, instruction, times in program.executed():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS or instruction.opcode.endswith("-done"):
+            continue
+        groups = _groups(kind, instruction, mesh.size)
+        if kind == "all-reduce" and _scatters(program, computation):
+            kind = "reduce-scatter"
+        operands = computation.operands(instruction)
+        found.append(
+            Collective(
+                name=instruction.name,
+                kind=kind,
+                axes=_axes(groups, mesh),
+                groups=groups,
+                operand_bytes=sum(operand.bytes for operand in operands),
+                times=times,
+                source=_source(instruction),
+            )
+        )
+    return [c for c in found if c.axes]
+
+
+def table(found: list[Collective]) -> dict[tuple[str, str], tuple[float, float]]:
+    """(axes joined by "+", kind) -> (executions, bytes that a device receives) a step."""
+    sums: dict[tuple[str, str], tuple[float, float]] = {}
+    for c in found:
+        key = ("+".join(c.axes), c.kind)
+        times, received = sums.get(key, (0.0, 0.0))
+        sums[key] = (times + c.times, received + c.times * c.received_bytes)
+    return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
+
+def _scatters(program: Program, computation: Computation) -> bool:
+    # The TPU compiler's form: a fusion of the sum and of the slice that the device keeps.
+    fused = computation.name not in program.top_level
+    return fused and computation.root.opcode in ("dynamic-slice", "bitcast", "copy") and any(
+        i.opcode == "dynamic-slice" for i in computation.instructions.values()
+    )
+
+
+def _source(instruction: Instruction) -> str:
+    match = re.search(r'op_name="([^"]*)"', instruction.text)
+    return match[1] if match else ""
+
+
+# ------------------------------------------------------------------------------------ who with whom
+
+
+def _groups(kind: str, instruction: Instruction, devices: int) -> np.ndarray:
+    text = instruction.text
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
+        numbers = [int(n) for n in re.findall(r"\d+", pairs[1])] if pairs else []
+        pairs = np.array(numbers, int).reshape(-1, 2)
+        return pairs[pairs[:, 0] != pairs[:, 1]]
+    return replica_groups(text, devices)
+
+
+def replica_groups(text: str, devices: int) -> np.ndarray:
+    """The groups of an instruction's `replica_groups=`, int [groups, size].
+
+    XLA writes them in three ways: {{0,1},{2,3}}; [2,2]<=[4] with an optional T(1,0), the numbers
+    0 to 3 in this order; and mesh['x'=2,'y'=2] {'x'}, axes of a mesh over all devices.
+
+    Raises:
+      ConfigError: another way.
+    """
+    if match := re.search(r"replica_groups=(mesh\[.*?\}|@\w+\s*\{.*?\})", text):
+        return _mesh_groups(match[1])
+    if match := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(match[1])
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text):
+        rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])]
+        return np.array(rows or [range(devices)])
+    raise ConfigError(f"replica groups of a form that is not known: {text[:200]}")
+
+
+def _iota(text: str) -> np.ndarray:
+    shape, source, transposed = re.fullmatch(
+        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    ).groups()
+    sizes = _numbers(source)
+    order = np.arange(math.prod(sizes)).reshape(sizes)
+    if transposed:
+        order = order.transpose(_numbers(transposed))
+    return order.reshape(_numbers(shape))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(","))
+
+
+def _mesh_groups(text: str) -> np.ndarray:
+    axes, order, used = re.fullmatch(
+        r"mesh\[(.*?)\](?:,\s*device_ids=\((.*?)\))?\s*\{(.*?)\}", text
+    ).groups()
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    # A part of an axis: 'x':(2)4 is the axis of size 4 that has parts of 2 before it.
+    used = [(n, int(b or 1), int(s or 0)) for n, b, s in re.findall(_USED, used)]
+    dims: list[int] = []
+    taken: list[int] = []
+    for name, size in sizes.items():
+        cut = next(((before, part) for n, before, part in used if n == name), None)
+        if cut is None:
+            dims.append(size)
+            continue
+        before, part = cut[0], cut[1] or size
+        taken.append(len(dims) + 1)
+        dims += [before, part, size // (before * part)]
+    numbers = _iota(order).reshape(-1) if order else np.arange(math.prod(sizes.values()))
+    grid = np.moveaxis(numbers.reshape(dims), taken, range(-len(taken), 0))
+    return grid.reshape(-1, math.prod(dims[axis] for axis in taken))
+
+
+_USED = r"'([^']+)'(?::\((\d+)\)(\d+))?"
+
+
+def _axes(groups: np.ndarray, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """Mesh axes along which members of a group differ."""
+    if groups.size == 0:
+        return ()
+    where = np.stack(np.unravel_index(groups, tuple(mesh.shape.values())))  # [axes, groups, size]
+    differ = (where != where[:, :, :1]).any(axis=(1, 2))
+    return tuple(name for name, d in zip(mesh.axis_names, differ, strict=True) if d)
