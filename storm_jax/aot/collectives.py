@@ -69,14 +69,16 @@ def collectives(program: Program, mesh: jax.sharding.Mesh) -> list[Collective]:
         groups = _groups(kind, instruction, mesh.size)
         if kind == "all-reduce" and _scatters(program, computation):
             kind = "reduce-scatter"
-        operands = computation.operands(instruction)
+        moved = sum(operand.bytes for operand in computation.operands(instruction))
+        if instruction.opcode == "all-reduce":  # on TPUs it may round what it takes
+            moved = min(moved, instruction.bytes)
         found.append(
             Collective(
                 name=instruction.name,
                 kind=kind,
                 axes=_axes(groups, mesh),
                 groups=groups,
-                operand_bytes=sum(operand.bytes for operand in operands),
+                operand_bytes=moved,
                 times=times,
                 source=_source(instruction),
             )
@@ -124,7 +126,8 @@ def replica_groups(text: str, devices: int) -> np.ndarray:
     """The groups of an instruction's `replica_groups=`, int [groups, size].
 
     XLA writes them in three ways: {{0,1},{2,3}}; [2,2]<=[4] with an optional T(1,0), the numbers
-    0 to 3 in this order; and mesh['x'=2,'y'=2] {'x'}, axes of a mesh over all devices.
+    0 to 3 in this order; and mesh['x'=2,'y'=2] {'x'}, axes of a mesh over all devices, which may
+    have an order of its own, device_ids=([2,2]T(1,0)).
 
     Raises:
       ConfigError: another way.
@@ -171,9 +174,19 @@ def _mesh_groups(text: str) -> np.ndarray:
         before, part = cut[0], cut[1] or size
         taken.append(len(dims) + 1)
         dims += [before, part, size // (before * part)]
-    numbers = _iota(order).reshape(-1) if order else np.arange(math.prod(sizes.values()))
+    numbers = _ordered(order, math.prod(sizes.values()))
     grid = np.moveaxis(numbers.reshape(dims), taken, range(-len(taken), 0))
     return grid.reshape(-1, math.prod(dims[axis] for axis in taken))
+
+
+def _ordered(order: str | None, count: int) -> np.ndarray:
+    if not order:
+        return np.arange(count)
+    if "[" not in order:
+        return np.array(_numbers(order))
+    source, transposed = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order).groups()
+    grid = np.arange(count).reshape(_numbers(source))
+    return grid.transpose(_numbers(transposed)) if transposed else grid
 
 
 _USED = r"'([^']+)'(?::\((\d+)\)(\d+))?"
