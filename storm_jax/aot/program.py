@@ -19,6 +19,11 @@ from storm_jax.training.state import TrainState, abstract_state
 from storm_jax.training.step import make_train_step
 
 
+# XLA chooses among its own matrix kernels by timing them on the GPU. There is none here, so matrix
+# products go to cuBLAS; memory and collectives are the same.
+_OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}}
+
+
 @dataclass(frozen=True)
 class Step:
     """The training step that `storm_jax.train` would run, and what it is called with.
@@ -121,7 +126,7 @@ def compile_step(step: Step, topology: Topology) -> Compiled | OutOfMemory:
     with jax.set_mesh(step.mesh):
         lowered = step.traced.lower(lowering_platforms=(topology.platform,))
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=_OPTIONS.get(topology.platform))
         except jax.errors.JaxRuntimeError as error:
             refused = out_of_memory(str(error), time.perf_counter() - began)
             if refused is None:
