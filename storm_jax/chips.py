@@ -1,4 +1,4 @@
-"""What one accelerator chip offers: memory, arithmetic, links to others. All numbers from vendors."""
+"""What one accelerator chip offers: memory, arithmetic, links to others."""
 
 from dataclasses import dataclass
 
@@ -54,31 +54,31 @@ CHIPS = (
         peak_flops=275e12, link_bandwidth=50e9, torus=3, wrap_multiple=4,
         network_bandwidth=25e9 / 8, cores=2, host=4, pod=4096,
     ),
-    # docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s, 4 ports with 400 GB/s in both
-    # directions together, 6.4 Tbit/s of network for the 256 chips of a pod, 1 core.
+    # docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s, 4 ports with 400 GB/s in
+    # both directions together, 6.4 Tbit/s of network for the 256 chips of a pod, 1 core.
     Chip(
         name="v5e", device_kinds=("TPU v5 lite", "TPU v5e"), hbm_bytes=16 * _GiB,
         hbm_bandwidth=819e9, peak_flops=197e12, link_bandwidth=50e9, torus=2, wrap_multiple=16,
         network_bandwidth=6.4e12 / 256 / 8, cores=1, host=8, pod=256,
     ),
     # docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GiB, 2765 GB/s, 1200 GB/s of ICI in both
-    # directions together (6 links of a 3D torus), 50 Gbit/s of network a chip, 2 cores, jobs of up to
-    # 6144 chips.
+    # directions together (6 links of a 3D torus), 50 Gbit/s of network a chip, 2 cores,
+    # jobs of up to 6144 chips.
     Chip(
         name="v5p", device_kinds=("TPU v5p", "TPU v5"), hbm_bytes=95 * _GiB, hbm_bandwidth=2765e9,
         peak_flops=459e12, link_bandwidth=100e9, torus=3, wrap_multiple=4,
         network_bandwidth=50e9 / 8, cores=2, host=4, pod=6144,
     ),
-    # docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1638 GB/s, 4 ports with 800 GB/s in both
-    # directions together, 25.6 Tbit/s of network for the 256 chips of a pod, 1 core.
+    # docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1638 GB/s, 4 ports with 800 GB/s in
+    # both directions together, 25.6 Tbit/s of network for the 256 chips of a pod, 1 core.
     Chip(
         name="v6e", device_kinds=("TPU v6 lite", "TPU v6"), hbm_bytes=32 * _GiB,
         hbm_bandwidth=1638e9, peak_flops=918e12, link_bandwidth=100e9, torus=2, wrap_multiple=16,
         network_bandwidth=25.6e12 / 256 / 8, cores=1, host=8, pod=256,
     ),
-    # NVIDIA's data sheets of A100 SXM4 80GB, H100 SXM5 and H200 SXM: dense bf16, memory, NVLink (half
-    # of the sum of both directions), SMs. Network: a DGX system's port of each GPU, 200 (A100) or
-    # 400 Gbit/s.
+    # NVIDIA's data sheets of A100 SXM4 80GB, H100 SXM5 and H200 SXM: dense bf16, memory, NVLink
+    # (half of the sum of both directions), SMs. Network: a DGX system's port of each GPU, 200
+    # (A100) or 400 Gbit/s.
     Chip(
         name="a100", device_kinds=("NVIDIA A100",), hbm_bytes=80 * 10**9, hbm_bandwidth=2039e9,
         peak_flops=312e12, link_bandwidth=300e9, torus=0, wrap_multiple=0,

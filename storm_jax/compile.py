@@ -1,4 +1,6 @@
-"""Compiles the training step for a pod: `python -m storm_jax.compile --config=… --topology=v5p:8x8x8`.
+"""Compiles the training step for a pod that is not there.
+
+    python -m storm_jax.compile --config=configs/long.py --topology=v5p:8x8x8
 
 No accelerator is needed: libtpu or XLA's CUDA compiler runs on any host. Prints what a device must
 hold and do, and the time that a step can take. Where it does not fit, compiles changes that may
@@ -21,7 +23,9 @@ from storm_jax.aot.topology import Topology, describe
 from storm_jax.config import ConfigError, RunConfig, from_mapping
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:8x8x8; h100:8x4 (GPUs a host x hosts).")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "v5p:8x8x8; h100:8x4 (GPUs a host x hosts).", required=True
+)
 _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of this topology.")
 _JSON = flags.DEFINE_string("json", None, "The report, or the sweep's, goes into this file too.")
 _ADVICE = flags.DEFINE_boolean("advice", True, "Where it does not fit, compile what may help.")
@@ -85,5 +89,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
+    flags.mark_flag_as_required("config")
     app.run(main)

@@ -3,11 +3,10 @@
 import importlib.metadata
 from dataclasses import asdict, dataclass
 
-
 from storm_jax.aot import hlo
 from storm_jax.aot.collectives import collectives, table
 from storm_jax.aot.memory import Memory, Whole, memory_of, whole_parameters
-from storm_jax.aot.program import Compiled, OutOfMemory, Step, compile_step, trace_step
+from storm_jax.aot.program import Compiled, Step, compile_step, trace_step
 from storm_jax.aot.roofline import Roofline, roofline
 from storm_jax.aot.topology import Topology
 from storm_jax.aot.work import device_work

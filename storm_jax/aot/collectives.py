@@ -1,6 +1,5 @@
-"""What devices send each other in one step: every collective of the program, by kind and mesh axes."""
+"""What devices send each other in a step: every collective, by kind and mesh axes."""
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 
 from storm_jax.aot.hlo import Computation, Instruction, Program
-from storm_jax.config import ConfigError
+from storm_jax.aot.replica_groups import replica_groups
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -99,9 +98,7 @@ def table(found: list[Collective]) -> dict[tuple[str, str], tuple[float, float]]
 def _scatters(program: Program, computation: Computation) -> bool:
     # The TPU compiler's form: a fusion of the sum and of the slice that the device keeps.
     fused = computation.name not in program.top_level
-    return fused and computation.root.opcode in ("dynamic-slice", "bitcast", "copy") and any(
-        i.opcode == "dynamic-slice" for i in computation.instructions.values()
-    )
+    return fused and any(i.opcode == "dynamic-slice" for i in computation.instructions.values())
 
 
 def _source(instruction: Instruction) -> str:
@@ -120,76 +117,6 @@ def _groups(kind: str, instruction: Instruction, devices: int) -> np.ndarray:
         pairs = np.array(numbers, int).reshape(-1, 2)
         return pairs[pairs[:, 0] != pairs[:, 1]]
     return replica_groups(text, devices)
-
-
-def replica_groups(text: str, devices: int) -> np.ndarray:
-    """The groups of an instruction's `replica_groups=`, int [groups, size].
-
-    XLA writes them in three ways: {{0,1},{2,3}}; [2,2]<=[4] with an optional T(1,0), the numbers
-    0 to 3 in this order; and mesh['x'=2,'y'=2] {'x'}, axes of a mesh over all devices, which may
-    have an order of its own, device_ids=([2,2]T(1,0)).
-
-    Raises:
-      ConfigError: another way.
-    """
-    if match := re.search(r"replica_groups=(mesh\[.*?\}|@\w+\s*\{.*?\})", text):
-        return _mesh_groups(match[1])
-    if match := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", text):
-        return _iota(match[1])
-    if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text):
-        rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])]
-        return np.array(rows or [range(devices)])
-    raise ConfigError(f"replica groups of a form that is not known: {text[:200]}")
-
-
-def _iota(text: str) -> np.ndarray:
-    shape, source, transposed = re.fullmatch(
-        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
-    ).groups()
-    sizes = _numbers(source)
-    order = np.arange(math.prod(sizes)).reshape(sizes)
-    if transposed:
-        order = order.transpose(_numbers(transposed))
-    return order.reshape(_numbers(shape))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))
-
-
-def _mesh_groups(text: str) -> np.ndarray:
-    axes, order, used = re.fullmatch(
-        r"mesh\[(.*?)\](?:,\s*device_ids=\((.*?)\))?\s*\{(.*?)\}", text
-    ).groups()
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-    # A part of an axis: 'x':(2)4 is the axis of size 4 that has parts of 2 before it.
-    used = [(n, int(b or 1), int(s or 0)) for n, b, s in re.findall(_USED, used)]
-    dims: list[int] = []
-    taken: list[int] = []
-    for name, size in sizes.items():
-        cut = next(((before, part) for n, before, part in used if n == name), None)
-        if cut is None:
-            dims.append(size)
-            continue
-        before, part = cut[0], cut[1] or size
-        taken.append(len(dims) + 1)
-        dims += [before, part, size // (before * part)]
-    numbers = _ordered(order, math.prod(sizes.values()))
-    grid = np.moveaxis(numbers.reshape(dims), taken, range(-len(taken), 0))
-    return grid.reshape(-1, math.prod(dims[axis] for axis in taken))
-
-
-def _ordered(order: str | None, count: int) -> np.ndarray:
-    if not order:
-        return np.arange(count)
-    if "[" not in order:
-        return np.array(_numbers(order))
-    source, transposed = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order).groups()
-    grid = np.arange(count).reshape(_numbers(source))
-    return grid.transpose(_numbers(transposed)) if transposed else grid
-
-
-_USED = r"'([^']+)'(?::\((\d+)\)(\d+))?"
 
 
 def _axes(groups: np.ndarray, mesh: jax.sharding.Mesh) -> tuple[str, ...]:

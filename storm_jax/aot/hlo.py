@@ -62,10 +62,13 @@ class Instruction:
     def bytes(self) -> int:
         return sum(shape.bytes for shape in self.shapes)
 
-    def called(self, attribute: str) -> str | None:
-        """The computation named by `attribute=%name`."""
-        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
-        return match[1] if match else None
+    def called(self, *attributes: str) -> str:
+        """The computation named by `attribute=%name`, the first of these that there is."""
+        for attribute in attributes:
+            match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
+            if match:
+                return match[1]
+        raise ConfigError(f"HLO {self.opcode} {self.name} has none of {attributes}")
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def parse(text: str) -> Program:
         else:
             lines.append(line)
     if entry is None:
-        raise ConfigError("the compiler's HLO text has no ENTRY: this version's format is not known")
+        raise ConfigError("the compiler's HLO text has no ENTRY: a format that is not known")
     executions: dict[str, float] = {}
     top_level, unknown = set(), []
     for called, times, fused in _calls(computations, entry, unknown):
@@ -208,7 +211,7 @@ def _closing(text: str, start: int) -> int:
 def _bits(dtype: str) -> int:
     if dtype in ("pred", "token", "opaque"):
         return 8 if dtype == "pred" else 0
-    return int(re.search(r"\d+", dtype)[0])  # f8e4m3fn: the first number
+    return int(re.findall(r"\d+", dtype)[0])  # f8e4m3fn: the first number
 
 
 # ------------------------------------------------------------------------------ who runs how often
@@ -234,9 +237,7 @@ def _calls(computations, entry: str, unknown: list[str]):
                 for branch in _branches(instruction.text):
                     pending.append((branch, times, fused))  # at most: all branches
             elif instruction.opcode in ("call", "async-start"):
-                target = instruction.called("to_apply") or instruction.called("calls")
-                if target:
-                    pending.append((target, times, fused))
+                pending.append((instruction.called("to_apply", "calls"), times, fused))
 
 
 def _branches(text: str) -> list[str]:

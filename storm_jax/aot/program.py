@@ -1,4 +1,4 @@
-"""The training step of a config, lowered and compiled for a topology; nothing is allocated or run."""
+"""The training step of a config, compiled for a topology; nothing is allocated or run."""
 
 import dataclasses
 import re
@@ -17,7 +17,6 @@ from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.optim import make_optimizer, trainable_parts
 from storm_jax.training.state import TrainState, abstract_state
 from storm_jax.training.step import make_train_step
-
 
 # XLA chooses among its own matrix kernels by timing them on the GPU. There is none here, so matrix
 # products go to cuBLAS; memory and collectives are the same.

@@ -69,7 +69,9 @@ def _work(report: Report, counted: Counted) -> Iterator[str]:
     recomputed = counted.matmul_flops / report.model_flops
     yield ""
     yield "Work of a device and step"
-    yield f"  model FLOPs                {report.model_flops / 1e12:>10.1f} TFLOP  (formula, full rows)"
+    yield f"  model FLOPs                {report.model_flops / 1e12:>10.1f} TFLOP" + (
+        "  (formula, full rows)"
+    )
     yield f"  matrix products compiled   {counted.matmul_flops / 1e12:>10.1f} TFLOP" + (
         f"  ({recomputed:.2f} x: recomputation, masked attention)"
     )

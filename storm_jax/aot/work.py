@@ -14,10 +14,10 @@ class DeviceWork:
     """What one device does in a step.
 
     Attributes:
-      flops: of matrix products (dot, convolution, matrix library calls), recomputation included, and
-        of kernels that state theirs.
-      hbm_bytes: operands read and results written by instructions that run one by one, as if nothing
-        stayed in caches: an estimate from above. What lies in another memory space is left out.
+      flops: of matrix products (dot, convolution, matrix library calls), recomputation included,
+        and of kernels that state theirs.
+      hbm_bytes: operands read and results written by instructions that run one by one, as if
+        nothing stayed in caches: an estimate from above. Other memory spaces are left out.
       silent_kernels: name -> executions of custom kernels that state no FLOPs; none are counted.
     """
 
@@ -69,8 +69,8 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
     whose dilations let each element meet one other.
     """
     left, right = (operand.shapes[0] for operand in computation.operands(convolution)[:2])
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.text)
-    left_labels, right_labels, out_labels = labels.groups()
+    [labels] = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.text)
+    left_labels, right_labels, out_labels = labels
     window = re.search(r"window=\{([^}]*)\}", convolution.text)
     fields = dict(f.split("=") for f in window[1].split()) if window else {}
     spatial = sum(label.isdigit() for label in out_labels)
@@ -162,9 +162,7 @@ def _traffic(program: Program, computation: Computation, instruction: Instructio
 
 def _fusion_traffic(fused: Computation, operands: list[Instruction]) -> float:
     """A fusion reads of an operand only the slices that it takes, and writes into one in place."""
-    parameters = {
-        int(i.literal): i for i in fused.instructions.values() if i.opcode == "parameter"
-    }
+    parameters = {int(i.literal): i for i in fused.instructions.values() if i.opcode == "parameter"}
     total = 0.0
     for index, operand in enumerate(operands):
         taken = _slices(fused, parameters[index])

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from storm_jax.aot import hlo
-from storm_jax.aot.collectives import collectives, replica_groups, table
+from storm_jax.aot.collectives import collectives, table
+from storm_jax.aot.replica_groups import replica_groups
 from storm_jax.config import ConfigError
 from tests.aot.compiled import mesh, program
 

@@ -52,7 +52,10 @@ def test_a_gradient_with_and_without_recomputation():
 
 
 def test_a_batched_product():
-    work = device_work(compiled(lambda x, y: jnp.einsum("bij,bkj->bik", x, y), (4, 8, 16), (4, 6, 16)))
+    def function(x, y):
+        return jnp.einsum("bij,bkj->bik", x, y)
+
+    work = device_work(compiled(function, (4, 8, 16), (4, 6, 16)))
     assert work.flops == 2 * 4 * 8 * 6 * 16
 
 
@@ -79,7 +82,9 @@ def test_a_loop_reads_its_slice_and_not_the_stack():
 
 
 def test_the_parser_reads_layouts_spaces_and_tuples():
-    shapes = hlo.shapes("(f32[8,128]{1,0:T(8,128)S(1)}, /*index=1*/bf16[2,3]{1,0}, s32[], pred[5]{0})")
+    shapes = hlo.shapes(
+        "(f32[8,128]{1,0:T(8,128)S(1)}, /*index=1*/bf16[2,3]{1,0}, s32[], pred[5]{0})"
+    )
     assert [s.bytes for s in shapes] == [4096, 12, 4, 5]
     assert [s.space for s in shapes] == [1, 0, 0, 0]
     assert hlo.shapes("f8e4m3fn[4]{0}")[0].bytes == 4
