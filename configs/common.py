@@ -175,8 +175,9 @@ def run(name: str, size: str) -> ConfigDict:
     c.train.eval_samples = 1000 if tiny else 0
     c.train.seed = 1 if tiny else 0
 
-    # Parameters sharded over all chips by default; raise tensor where a layer outgrows a chip.
-    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    # Parameters sharded over all chips by default; raise seq where a row outgrows a chip, tensor
+    # where a layer does.
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, seq=1, slices=1))
     # Checkpoints of an earlier stage: all parts, or one by one. "" starts at random.
     c.init_from = ConfigDict(dict(all="", vit="", projector="", temporal="", decoder=""))
     return c

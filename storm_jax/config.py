@@ -35,7 +35,7 @@ class VitConfig:
     position_scale: float  # standard deviation of the position embeddings at initialisation
     output_layer: int = -1  # -1: last layer and final norm; -2: input of the last layer, no norm
     norm_eps: float = 1e-6
-    frames_per_call: int = 64  # frames encoded at once; 0 encodes all of them at once
+    frames_per_call: int = 64  # frames that a device encodes at once; 0: all it has
 
     def __post_init__(self):
         _require(
@@ -229,11 +229,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 once: what is left."""
+    """Devices along each axis; -1 once: what is left. docs/parallelism.md says how to choose."""
 
     data: int = -1  # batch
     fsdp: int = 1  # batch, and parameters sharded
     tensor: int = 1  # heads, MLP, vocabulary, Mamba channels
+    seq: int = 1  # frames and tokens of a row, and parameters sharded
+    slices: int = 1  # TPU slices (else: equal groups of hosts); `data` is split over them first
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from storm_jax.models import attention_kernels as kernels
-from storm_jax.parallel import sharding
+from storm_jax.parallel.heads import by_heads
 
 
 def self_attention(
@@ -43,7 +43,7 @@ def self_attention(
         return kernel(q, k, v, segments[0] if segments else None, pattern)
 
     rows = () if segments_BS is None else (segments_BS,)
-    return _per_device(local, (q_BSHC, k_BSKC, v_BSKC), rows, (("batch", None),) * len(rows))
+    return by_heads(local, q_BSHC, k_BSKC, v_BSKC, *rows)
 
 
 def cached_attention(
@@ -70,25 +70,4 @@ def cached_attention(
         mask = kernels.causal_mask(positions, slots[None], window=window)
         return kernels.masked_attention(q, k, v, mask, scale, softcap)
 
-    return _per_device(local, (q_BSHC, k_BTKC, v_BTKC), (positions_BS,), (("batch", None),))
-
-
-def _per_device(local, qkv, rows, row_axes) -> jax.Array:
-    """`local(q, k, v, *rows)` with rows and heads split over devices."""
-    q, k, v = qkv
-    k, v = (_divisible_heads(x, q.shape[2]) for x in (k, v))
-    q_axes = ("batch", None, "heads", None)
-    kv_axes = ("batch", None, "kv_heads", None)
-    call = sharding.per_device(local, (q_axes, kv_axes, kv_axes, *row_axes), q_axes)
-    return call(q, k, v, *rows)
-
-
-def _divisible_heads(x_BTKC: jax.Array, heads: int) -> jax.Array:
-    """Repeats key-value heads where the tensor axis has more devices than there are of them."""
-    mesh = sharding.active_mesh()
-    parts = 1 if mesh is None else mesh.shape["tensor"]
-    kv_heads = x_BTKC.shape[2]
-    if kv_heads % parts == 0 or heads % parts:
-        return x_BTKC
-    repeats = next(r for r in range(2, heads + 1) if kv_heads * r % parts == 0)
-    return jnp.repeat(x_BTKC, repeats, axis=2)
+    return by_heads(local, q_BSHC, k_BTKC, v_BTKC, positions_BS)

@@ -172,10 +172,12 @@ class Decoder(nnx.Module):
         """
         config = self.config
         C = config.head_dim
+        # Queries and keys are turned where they are made, on a stretch of the sequence.
+        turned_BS = shard(positions_BS, "batch", "length")
         shared = LayerInputs(
             angles=(
-                rotary(positions_BS, C, config.rope_theta_local),
-                rotary(positions_BS, C, config.rope_theta, config.rope_scaling),
+                rotary(turned_BS, C, config.rope_theta_local),
+                rotary(turned_BS, C, config.rope_theta, config.rope_scaling),
             ),
             positions=positions_BS,
             segments=segments_BS,

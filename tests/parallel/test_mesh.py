@@ -20,7 +20,7 @@ from storm_jax.parallel.mesh import AXES, make_mesh
 )
 def test_axes_and_sizes(config, shape):
     mesh = make_mesh(config)
-    assert mesh.axis_names == AXES == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == AXES == ("data", "fsdp", "seq", "tensor")
     assert mesh.devices.shape == shape
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in jax.devices())
