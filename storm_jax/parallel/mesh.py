@@ -76,5 +76,5 @@ def _arranged(sizes: list[int], slices: int, devices: list[jax.Device]) -> np.nd
             inside, [slices, 1, 1, 1], devices, allow_split_physical_axes=True
         )
     # An axis of 128 on a 16 x 16 torus is half of one side times the other: a split axis. Off TPUs
-    # devices stay in the order of their ids, and the data axis, the outermost, is over slices first.
+    # devices stay in the order of their ids, so that the outermost axis is over slices first.
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

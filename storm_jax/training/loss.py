@@ -27,9 +27,10 @@ class LossSums(NamedTuple):
 def loss_sums(decoder: Decoder, hidden_BSD: jax.Array, targets_BS: jax.Array) -> LossSums:
     """Sums of the loss over a batch.
 
-    Positions with a target are moved to the front of their rows (of a device's stretch of the row),
-    and scores are computed for `CHUNK` of them at a time, as often as the fullest needs: visual tokens and questions have
-    no target and cost nothing. The backward pass computes scores again, so no [B, S, V] exists.
+    Positions with a target are moved to the front of their rows (to the front of each device's
+    stretch of them), and scores are computed for `CHUNK` of them at a time, as often as the fullest
+    needs: visual tokens and questions have no target and cost nothing. The backward pass computes
+    scores again, so no [B, S, V] exists.
 
     Args:
       decoder: gives the scores.
