@@ -12,7 +12,7 @@ COMMANDS = {"convert", "generate", "train"}  # modules of storm_jax that nothing
 MAY_IMPORT = {
     "frames": set(),
     "config": {"frames"},
-    "parallel": {"config"},
+    "parallel": {"config", "frames"},
     "models": {"config", "parallel"},
     "data": {"config", "frames"},
     "flops": {"config", "models"},

@@ -50,9 +50,9 @@ def by_heads(
 
     # Keys as often as the split of the heads that q comes with needs, then as all devices need.
     first = _repeats(K, math.prod(mesh.shape[a] for a in heads))
-    K1, group = K * first, H // (K * first)
+    K1 = K * first
     second = _repeats(K1, devices)
-    padded = math.ceil(group / second) * second
+    group, padded = H // K1, _multiple(H // K1, second)
     k_BTKC, v_BTKC = (_repeated(_repeated(x, first), second) for x in (k_BTKC, v_BTKC))
     if padded > group:
         q = sharding.reshape(q_BSHC, B, S, K1, group, C)
@@ -66,13 +66,25 @@ def by_heads(
     by_row = [PartitionSpec(batch or None, *[None] * (x.ndim - 1)) for x in rows]
     specs = (by_head, by_head, by_head, *by_row)
     args = [jax.reshard(x, s) for x, s in zip((q_BSHC, k_BTKC, v_BTKC, *rows), specs, strict=True)]
-    out = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=by_head)(*args)
+    # Unchecked: JAX's TPU kernel does not say over which axes its result varies.
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)
+    out = attend(*args)
     out = jax.reshard(out, made)
 
     if padded > group:
         out = sharding.reshape(out, B, S, K1, padded, C)[:, :, :, :group]
         out = sharding.reshape(out, B, S, H, C)
     return out
+
+
+def padded_heads(heads: int, kv_heads: int, tensor: int, seq: int) -> int:
+    """Query heads that are computed where `tensor` divides `heads`, zeros included."""
+    kv_heads *= _repeats(kv_heads, tensor)
+    return kv_heads * _multiple(heads // kv_heads, _repeats(kv_heads, tensor * seq))
+
+
+def _multiple(size: int, of: int) -> int:
+    return math.ceil(size / of) * of
 
 
 def _repeats(kv_heads: int, devices: int) -> int:

@@ -16,23 +16,38 @@ AXES = ("data", "fsdp", "seq", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with the axes `AXES`, in this order, over `devices` (default: all).
-
-    On TPUs the order of devices follows the torus. With `config.slices` the data axis goes over
-    the slices first, so that only its sums cross the slower network between them. Where devices
-    know no slices (CPUs) or call every host one (GPUs), a slice is a run of devices with
-    consecutive ids.
+    """The mesh of `device_grid` over `devices` (default: all).
 
     Axes are of the Explicit kind: a layout that does not fit is an error when the step is traced.
+
+    Raises:
+      ConfigError: as `device_grid`.
+    """
+    grid = device_grid(config, jax.devices() if devices is None else devices)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+
+
+def device_grid(config: MeshConfig, devices: list[jax.Device]) -> np.ndarray:
+    """The devices by their places along `AXES`.
+
+    On TPUs their order follows the torus. With `config.slices` the data axis goes over the slices
+    first, so that only its sums cross the slower network between them. Where devices know no slices
+    (CPUs) or every host is one (GPUs), a slice is a run of devices with consecutive ids.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices, or the slices are not those
         that the devices form.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = _sizes(config, devices)
-    grid = _arranged(sizes, _slices(config, sizes, devices), devices)
-    return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+    slices = _slices(config, sizes, devices)
+    if devices[0].platform == "tpu" and slices > 1:
+        inside = [sizes[0] // slices, *sizes[1:]]
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, [slices, 1, 1, 1], devices, allow_split_physical_axes=True
+        )
+    # An axis of 128 on a 16 x 16 torus is half of one side times the other: a split axis. Off TPUs
+    # devices stay in the order of their ids, so that the outermost axis is over slices first.
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def _sizes(config: MeshConfig, devices: list[jax.Device]) -> list[int]:
@@ -67,14 +82,3 @@ def _slices(config: MeshConfig, sizes: list[int], devices: list[jax.Device]) -> 
                 f" set mesh.slices={found}"
             )
     return slices
-
-
-def _arranged(sizes: list[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
-    inside = [sizes[0] // slices, *sizes[1:]]
-    if devices[0].platform == "tpu" and slices > 1:
-        return mesh_utils.create_hybrid_device_mesh(
-            inside, [slices, 1, 1, 1], devices, allow_split_physical_axes=True
-        )
-    # An axis of 128 on a 16 x 16 torus is half of one side times the other: a split axis. Off TPUs
-    # devices stay in the order of their ids, so that the outermost axis is over slices first.
-    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

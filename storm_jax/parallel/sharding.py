@@ -59,6 +59,15 @@ def named(axes: Axes, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedS
     return NamedSharding(mesh, spec(axes, shape, mesh))
 
 
+def of_batch(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Where the array `name` of a packed batch (`data.packing`) lies.
+
+    Rows are split, and the pixels of a row; numbers of frames and tokens are small.
+    """
+    second = "frames" if name == "frames" else None
+    return named(("batch", second, *[None] * (len(shape) - 2)), shape, mesh)
+
+
 def partition(x: jax.Array) -> tuple[tuple[str, ...], ...]:
     """The mesh axes over which each axis of x is split, () for one that is whole."""
     entries = jax.typeof(x).sharding.spec

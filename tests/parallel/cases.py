@@ -68,10 +68,7 @@ def place(model: StormModel, params, batch, mesh):
         params,
         model.axes(),
     )
-    batch = {
-        k: jax.device_put(x, sharding.named(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh))
-        for k, x in batch.items()
-    }
+    batch = {k: jax.device_put(x, sharding.of_batch(k, x.shape, mesh)) for k, x in batch.items()}
     return params, batch
 
 
