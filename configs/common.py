@@ -165,15 +165,19 @@ def run(name: str, size: str) -> ConfigDict:
     c.train.optimizer.weight_decay = 0.0  # as VILA
     c.train.optimizer.clip_norm = 1.0
     c.train.z_loss = 0.0 if tiny else 1e-4
-    c.train.remat = "none" if tiny else "full"
+    remat = "none" if tiny else "full"
+    c.train.remat = ConfigDict(dict(vit=remat, temporal=remat, decoder=remat))
+    c.train.remat.saved = ("attention",)  # what "names" keeps and "offload" moves to the host
+    c.train.remat.vit_calls = not tiny
     c.train.checkpoint = ConfigDict(dict(every=200 if tiny else 500, keep=3))
     c.train.log_every = 10
     c.train.eval_every = 0  # at the end
     c.train.eval_samples = 1000 if tiny else 0
     c.train.seed = 1 if tiny else 0
 
-    # Parameters sharded over all chips by default; raise tensor where a layer outgrows a chip.
-    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    # Parameters sharded over all chips by default; raise seq where a row outgrows a chip, tensor
+    # where a layer does.
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, seq=1, slices=1))
     # Checkpoints of an earlier stage: all parts, or one by one. "" starts at random.
     c.init_from = ConfigDict(dict(all="", vit="", projector="", temporal="", decoder=""))
     return c

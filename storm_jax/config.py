@@ -35,7 +35,7 @@ class VitConfig:
     position_scale: float  # standard deviation of the position embeddings at initialisation
     output_layer: int = -1  # -1: last layer and final norm; -2: input of the last layer, no norm
     norm_eps: float = 1e-6
-    frames_per_call: int = 64  # frames encoded at once; 0 encodes all of them at once
+    frames_per_call: int = 64  # frames that a device encodes at once; 0: all it has
 
     def __post_init__(self):
         _require(
@@ -229,11 +229,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 once: what is left."""
+    """Devices along each axis; -1 once: what is left. docs/parallelism.md says how to choose."""
 
     data: int = -1  # batch
     fsdp: int = 1  # batch, and parameters sharded
     tensor: int = 1  # heads, MLP, vocabulary, Mamba channels
+    seq: int = 1  # frames and tokens of a row, and parameters sharded
+    slices: int = 1  # TPU slices (else: equal groups of hosts); `data` is split over them first
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,40 @@ class CheckpointConfig:
 
     every: int  # steps
     keep: int = 3  # newest checkpoints that stay
+
+
+# Tensors that remat policies can name, see `RematConfig`.
+SAVED_NAMES = (
+    "attention",  # queries, keys, values and result of attention
+    "mlp",  # the hidden units of an MLP, before its activation
+    "mamba",  # what a Mamba layer's input projection gives
+)
+RematPolicy = Literal["none", "dots", "names", "full", "offload"]
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass computes again instead of keeping, part by part.
+
+    "none": nothing; "dots": all but matrix products; "names": all but the tensors in `saved`;
+    "offload": as "names", and the tensors in `saved` wait in the host's memory; "full": everything
+    but the input of each layer.
+    """
+
+    vit: RematPolicy = "none"
+    temporal: RematPolicy = "none"
+    decoder: RematPolicy = "none"
+    saved: tuple[str, ...] = ("attention",)  # of SAVED_NAMES
+    # Each call of the ViT (vit.frames_per_call frames) is computed again as a whole, its policy
+    # applies within: then activations do not grow with the number of frames.
+    vit_calls: bool = False
+
+    def __post_init__(self):
+        unknown = sorted(set(self.saved) - set(SAVED_NAMES))
+        _require(
+            not unknown,
+            f"train.remat.saved names {', '.join(unknown)}; there are {', '.join(SAVED_NAMES)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -253,7 +289,7 @@ class TrainConfig:
     accumulation: int  # microbatches that a batch is cut into
     optimizer: OptimizerConfig
     z_loss: float  # weight of log(Z)^2
-    remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
+    remat: RematConfig
     checkpoint: CheckpointConfig
     log_every: int
     eval_every: int  # 0: only at the end

@@ -9,7 +9,6 @@ python -m storm_jax.convert check --checkpoint=CKPT --hf=HF_DIR [--limit=1e-4]
 python -m storm_jax.convert inspect CKPT|DIR
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -27,7 +26,7 @@ from ml_collections import config_flags
 
 from storm_jax import checkpoint
 from storm_jax.checkpoint import CheckpointError
-from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
+from storm_jax.config import ConfigError, MeshConfig, RunConfig, from_mapping, to_json
 from storm_jax.data import text
 from storm_jax.interop import architecture, check, gemma_orbax, load, names, settings, torch_export
 from storm_jax.interop.files import Weights, WeightsError, part_of, resolve
@@ -217,7 +216,7 @@ def check_export(path: str, folder: Path, limit: float) -> list[check.StageError
     """
     dtype = torch_export.weights_dtype(folder)
     run = checkpoint.read_config(path)
-    mesh = make_mesh(dataclasses.replace(run.mesh, data=1, fsdp=-1, tensor=1))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     abstract = abstract_params(StormModel(run.model), mesh, jnp.dtype("float32"))
     params = checkpoint.load_params(path, abstract)
     params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)

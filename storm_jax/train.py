@@ -29,6 +29,7 @@ from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.metrics import MetricWriter, Progress, require_finite
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
 from storm_jax.parallel import sharding
+from storm_jax.parallel.checks import check_divisible
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.evaluate import Score, evaluate
 from storm_jax.training.optim import make_optimizer, trainable_parts
@@ -47,6 +48,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
     # ------------------------------------------------------------------------- devices and workdir
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
+    check_divisible(config, mesh)
     _prepare(workdir, config)
     sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     _say(
@@ -109,12 +111,12 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
         open_sources("eval", config.data.eval, config.data, config.model, tokenizer)
 
     def place(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        def put(x: np.ndarray) -> jax.Array:
+        def put(name: str, x: np.ndarray) -> jax.Array:
             shape = (config.train.batch, *x.shape[1:])
-            layout = sharding.named(("batch", *[None] * (x.ndim - 1)), shape, mesh)
+            layout = sharding.of_batch(name, shape, mesh)
             return jax.make_array_from_process_local_data(layout, x, shape)
 
-        return {name: put(x) for name, x in arrays.items()}
+        return {name: put(name, x) for name, x in arrays.items()}
 
     # ---------------------------------------------------------------------------------------- loop
     train_step = jax.jit(make_train_step(model, optimizer, config.train), donate_argnums=0)

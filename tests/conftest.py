@@ -11,6 +11,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
     (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *QUICK)
 ).strip()
+# Threads of XLA's pool. A simulated device that waits in a collective holds one, and independent
+# collectives may start in another order on each device: with one thread a device they can block
+# one another for good.
+os.environ.setdefault("NPROC", "32")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -12,7 +12,7 @@ COMMANDS = {"compile", "convert", "generate", "train"}  # modules of storm_jax t
 MAY_IMPORT = {
     "frames": set(),
     "config": {"frames"},
-    "parallel": {"config"},
+    "parallel": {"config", "frames"},
     "models": {"config", "parallel"},
     "data": {"config", "frames"},
     "chips": set(),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from storm_jax import checkpoint
-from storm_jax.config import RunConfig
+from storm_jax.config import MeshConfig, RunConfig
 from storm_jax.models.decoder import Cache
 from storm_jax.models.storm import Params, StormModel
 from storm_jax.parallel.mesh import make_mesh
@@ -55,7 +55,7 @@ def load(path: str | Path, *, max_frames: int = 0, temporal_sampling: int = 0) -
         model_config = dataclasses.replace(config.model, reduction=reduction)
         config = dataclasses.replace(config, model=model_config)
     model = StormModel(config.model)
-    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=1))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
     abstract = abstract_params(model, mesh, jnp.dtype(config.model.dtype))
     return LoadedModel(config, model, checkpoint.load_params(path, abstract), mesh)
 

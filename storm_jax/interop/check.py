@@ -14,7 +14,7 @@ import numpy as np
 
 from storm_jax.config import VISUAL, ModelConfig
 from storm_jax.interop.files import WeightsError
-from storm_jax.models.layers import Stack
+from storm_jax.models.layers import KEEP_ALL, Remat, Stack
 from storm_jax.models.storm import Params, StormModel
 from storm_jax.models.vit import normalise
 
@@ -98,7 +98,7 @@ class _RecordedStack:
     def __init__(self, stack: Stack, first: str, each: str, stages: dict[str, jax.Array]):
         self._stack, self._first, self._each, self._stages = stack, first, each, stages
 
-    def scan(self, body: Callable, x, xs=None, *, remat: str = "none"):
+    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL):
         """As `Stack.scan`."""
 
         def recorded(module, x, slice_):

@@ -9,10 +9,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.config import DecoderConfig
-from storm_jax.models.attention import attention, causal_mask
-from storm_jax.models.layers import Embedding, Head, Linear, RMSNorm, Stack, rotary, rotate
+from storm_jax.models.attention import cached_attention, self_attention
+from storm_jax.models.layers import (
+    KEEP_ALL,
+    Embedding,
+    Head,
+    Linear,
+    Remat,
+    RMSNorm,
+    Stack,
+    rotary,
+    rotate,
+    vocabulary_scores,
+)
 from storm_jax.parallel.sharding import shard
 
 
@@ -23,12 +35,19 @@ class Cache(NamedTuple):
     v: jax.Array
 
 
-class LayerInputs(NamedTuple):
-    """What all layers share: masks and rotary angles, for local and for global attention."""
+def output_scores(config: DecoderConfig, weight: jax.Array, x_BSD: jax.Array) -> jax.Array:
+    """Scores of the vocabulary, float32 [B, S, V], from `Decoder.output_weight`."""
+    scores = vocabulary_scores(x_BSD, weight, transposed=config.tied_embeddings)
+    cap = config.logit_softcap
+    return cap * jnp.tanh(scores / cap) if cap else scores
 
-    masks: tuple[jax.Array, jax.Array]  # bool [B, S, T]: local, global
-    angles: tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (cos, sin) each
+
+class LayerInputs(NamedTuple):
+    """What all layers share."""
+
+    angles: tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # local, global
     positions: jax.Array  # int32 [B, S]
+    segments: jax.Array | None  # int32 [B, S]
 
 
 class DecoderBlock(nnx.Module):
@@ -69,21 +88,36 @@ class DecoderBlock(nnx.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache = _write(cache, k, v, shared.positions)
-        mask = jnp.where(is_global, shared.masks[1], shared.masks[0])
-        scale = config.query_scale or config.head_dim**-0.5
-        h = attention(q, k, v, mask, scale=scale, softcap=config.attention_softcap)
-        h = self.out(h)
+        h = self.out(self._attend(q, k, v, is_global, shared, cached=cache is not None))
         x_BSD = x_BSD + (h if self.attention_post_norm is None else self.attention_post_norm(h))
 
         h = self.mlp_norm(x_BSD)
-        gate = self.gate(h)
+        gate = checkpoint_name(self.gate(h), "mlp")
         if config.activation == "silu":
             gate = jax.nn.silu(gate)
         else:
             gate = jax.nn.gelu(gate, approximate=True)
-        h = self.down(gate * self.up(h))
+        h = self.down(gate * checkpoint_name(self.up(h), "mlp"))
         x_BSD = x_BSD + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
         return x_BSD, cache
+
+    def _attend(self, q, k, v, is_global, shared: LayerInputs, *, cached: bool) -> jax.Array:
+        config = self.config
+        scale = config.query_scale or config.head_dim**-0.5
+
+        def attend(window: int):
+            def call(q, k, v):
+                how = {"scale": scale, "window": window, "softcap": config.attention_softcap}
+                if cached:
+                    return cached_attention(q, k, v, shared.positions, **how)
+                return self_attention(q, k, v, shared.segments, causal=True, **how)
+
+            return call
+
+        if config.global_every == 1:
+            return attend(0)(q, k, v)
+        # The window is part of a kernel; one of the two runs.
+        return jax.lax.cond(is_global, attend(0), attend(config.window), q, k, v)
 
 
 def _write(cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array) -> Cache:
@@ -121,7 +155,7 @@ class Decoder(nnx.Module):
         positions_BS: jax.Array,
         segments_BS: jax.Array | None = None,
         cache: Cache | None = None,
-        remat: str = "none",
+        remat: Remat = KEEP_ALL,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs all layers.
 
@@ -131,28 +165,22 @@ class Decoder(nnx.Module):
             written, and slots up to it are seen.
           segments_BS: int32, attention stays within a segment; without a cache only.
           cache: keys and values so far, or None.
-          remat: what the backward pass recomputes, see `Stack.scan`.
+          remat: what the backward pass recomputes, see `Remat`.
 
         Returns:
           Hidden states after the final norm [B, S, D], and the extended cache.
         """
         config = self.config
-        keys = positions_BS
-        if cache is not None:
-            rows, slots = cache.k.shape[1:3]
-            keys = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
-        everywhere = causal_mask(positions_BS, keys, segments_BS, segments_BS)
-        nearby = everywhere
-        if config.global_every > 1:
-            nearby = causal_mask(positions_BS, keys, segments_BS, segments_BS, config.window)
         C = config.head_dim
+        # Queries and keys are turned where they are made, on a stretch of the sequence.
+        turned_BS = shard(positions_BS, "batch", "length")
         shared = LayerInputs(
-            masks=(nearby, everywhere),
             angles=(
-                rotary(positions_BS, C, config.rope_theta_local),
-                rotary(positions_BS, C, config.rope_theta, config.rope_scaling),
+                rotary(turned_BS, C, config.rope_theta_local),
+                rotary(turned_BS, C, config.rope_theta, config.rope_scaling),
             ),
             positions=positions_BS,
+            segments=segments_BS,
         )
 
         def body(block, x, inputs):
@@ -171,9 +199,12 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """Scores of the vocabulary, float32 [B, S, V]."""
-        scores = (self.embedding if self.head is None else self.head).logits(x_BSD)
-        cap = self.config.logit_softcap
-        return cap * jnp.tanh(scores / cap) if cap else scores
+        return output_scores(self.config, self.output_weight, x_BSD)
+
+    @property
+    def output_weight(self) -> jax.Array:
+        """The matrix that gives the scores, as `output_scores` takes it."""
+        return (self.embedding.table if self.head is None else self.head.weight)[...]
 
     def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
         """A cache for `rows` sequences of up to `slots` tokens."""

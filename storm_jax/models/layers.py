@@ -6,12 +6,14 @@ carries the logical names of its axes, which `parallel.sharding` lays out.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from storm_jax.config import RematPolicy
 from storm_jax.parallel import sharding
 from storm_jax.parallel.sharding import Axes
 
@@ -110,7 +112,7 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, looked up by token id and, when tied, multiplied for logits."""
+    """A table of vectors, looked up by token id."""
 
     def __init__(self, vocab_size: int, width: int, scale: float, *, rngs: nnx.Rngs):
         table = scale * jax.random.normal(rngs.params(), (vocab_size, width))
@@ -125,24 +127,23 @@ class Embedding(nnx.Module):
             out = PartitionSpec(*jax.typeof(ids).sharding.spec, None)
         return table.at[ids].get(mode="clip", out_sharding=out)
 
-    def logits(self, x_BSD: jax.Array) -> jax.Array:
-        """Scores of every token, float32 [B, S, V]."""
-        return _logits(x_BSD, self.table[...], ("vocab", "embed"), contract=1)
-
 
 class Head(nnx.Module):
-    """Scores of every token from a matrix of its own."""
+    """The matrix of `vocabulary_scores` where it is not the embedding's."""
 
     def __init__(self, width: int, vocab_size: int, *, rngs: nnx.Rngs):
         weight = jax.random.normal(rngs.params(), (width, vocab_size)) / math.sqrt(width)
         self.weight = parameter(weight, "embed", "vocab")
 
-    def logits(self, x_BSD: jax.Array) -> jax.Array:
-        """Scores of every token, float32 [B, S, V]."""
-        return _logits(x_BSD, self.weight[...], ("embed", "vocab"), contract=0)
 
+def vocabulary_scores(x_BSD: jax.Array, weight: jax.Array, *, transposed: bool) -> jax.Array:
+    """Scores of every token, float32 [B, S, V].
 
-def _logits(x_BSD: jax.Array, weight: jax.Array, axes: Axes, contract: int) -> jax.Array:
+    Args:
+      weight: [D, V] of a `Head`, or with `transposed` [V, D] of an `Embedding`.
+    """
+    axes = ("vocab", "embed") if transposed else ("embed", "vocab")
+    contract = 1 if transposed else 0
     w = sharding.gathered(weight.astype(x_BSD.dtype), axes)
     out = None
     if sharding.active_mesh() is not None:
@@ -175,6 +176,37 @@ def rotate(x_BSHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHC.dtype)
 
 
+class Remat(NamedTuple):
+    """What the backward pass recomputes; `config.RematConfig` has the policies."""
+
+    policy: RematPolicy = "none"
+    saved: tuple[str, ...] = ()
+
+    def __call__(self, f: Callable) -> Callable:
+        """`f` under this policy, for use in a scan or a loop."""
+        offered = jax.checkpoint_policies
+        match self.policy:
+            case "none":
+                return f
+            case "dots":
+                policy = offered.dots_with_no_batch_dims_saveable
+            case "names":
+                policy = offered.save_only_these_names(*self.saved)
+            case "offload":
+                policy = offered.save_and_offload_only_these_names(
+                    names_which_can_be_saved=[],
+                    names_which_can_be_offloaded=list(self.saved),
+                    offload_src="device",
+                    offload_dst="pinned_host",
+                )
+            case "full":
+                policy = offered.nothing_saveable
+        return jax.checkpoint(f, policy=policy, prevent_cse=False)
+
+
+KEEP_ALL = Remat()
+
+
 class Stack(nnx.Module):
     """`count` modules of one kind; their parameters carry a leading "layers" axis."""
 
@@ -183,15 +215,14 @@ class Stack(nnx.Module):
         self.layers = jax.vmap(lambda key: build(nnx.Rngs(key)))(keys)
         self.count = count
 
-    def scan(self, body: Callable, x, xs=None, *, remat: str = "none"):
+    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL):
         """Runs `x, y = body(module, x, xs[i])` for every module in order.
 
         Args:
           body: sees one unstacked module.
           x: carried array or tree.
           xs: tree with a leading axis of `count`, one slice a module, or None.
-          remat: what the backward pass recomputes, "none", "dots" (all but matrix products) or
-            "full" (everything but the carried value).
+          remat: what the backward pass recomputes of each module.
 
         Returns:
           (x, ys) with the ys stacked.
@@ -202,10 +233,4 @@ class Stack(nnx.Module):
             layer_state, slice_ = inputs
             return body(nnx.merge(graph, layer_state), x, slice_)
 
-        policies = {
-            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            "full": jax.checkpoint_policies.nothing_saveable,
-        }
-        if remat != "none":
-            step = jax.checkpoint(step, policy=policies[remat], prevent_cse=False)
-        return jax.lax.scan(step, x, (state, xs))
+        return jax.lax.scan(remat(step), x, (state, xs))

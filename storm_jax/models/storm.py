@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from storm_jax.config import VISUAL, ModelConfig
+from storm_jax.config import VISUAL, ModelConfig, RematConfig
 from storm_jax.models.decoder import Decoder
+from storm_jax.models.layers import Remat
 from storm_jax.models.projector import Projector
-from storm_jax.models.reduction import reduce_tokens
+from storm_jax.models.reduction import reduce_into, reduce_tokens
 from storm_jax.models.temporal import TemporalEncoder
 from storm_jax.models.vit import Vit
 from storm_jax.parallel import sharding
+from storm_jax.parallel.frames import spread
 from storm_jax.parallel.sharding import Axes
 
 Params = dict[str, Any]  # nested, arrays at the leaves; the first level is one of PARTS
+_KEEP_ALL = RematConfig()
 PARTS = ("vit", "projector", "temporal", "decoder")
 
 
@@ -38,13 +41,35 @@ class Storm(nnx.Module):
         """Of activations and matrix products."""
         return jnp.dtype(self.config.dtype)
 
+    def mix(
+        self,
+        frames_BFHWC: jax.Array,
+        frame_segments_BF: jax.Array,
+        remat: RematConfig = _KEEP_ALL,
+    ) -> jax.Array:
+        """Tokens of every frame behind the temporal encoder, [B, F, N, D].
+
+        Args: as `encode`.
+        """
+        frames, collected = spread(frames_BFHWC)
+        with jax.named_scope("vit"):
+            how = Remat(remat.vit, remat.saved)
+            x_BFND = self.vit(frames, self.dtype, how, remat.vit_calls)
+        with jax.named_scope("projector"):
+            x_BFND = collected(self.projector(x_BFND))
+        if self.temporal is not None:
+            with jax.named_scope("temporal"):
+                how = Remat(remat.temporal, remat.saved)
+                x_BFND = self.temporal(x_BFND, frame_segments_BF, how)
+        return x_BFND
+
     def encode(
         self,
         frames_BFHWC: jax.Array,
         frame_segments_BF: jax.Array,
         frame_groups_BF: jax.Array,
         groups: int,
-        remat: str = "none",
+        remat: RematConfig = _KEEP_ALL,
     ) -> jax.Array:
         """The visual tokens that the decoder sees.
 
@@ -53,25 +78,20 @@ class Storm(nnx.Module):
           frame_segments_BF: int32, the video that a frame belongs to; -1: padding.
           frame_groups_BF: int32, see `reduce_tokens`.
           groups: pooled frames that a row has room for.
-          remat: what the backward pass recomputes, see `Stack.scan`.
+          remat: what the backward pass recomputes.
 
         Returns:
           [B, groups * group_tokens, D].
         """
-        with jax.named_scope("vit"):
-            x_BFND = self.vit(frames_BFHWC, self.dtype, remat)
-        with jax.named_scope("projector"):
-            x_BFND = self.projector(x_BFND)
-        if self.temporal is not None:
-            with jax.named_scope("temporal"):
-                x_BFND = self.temporal(x_BFND, frame_segments_BF, remat)
+        x_BFND = self.mix(frames_BFHWC, frame_segments_BF, remat)
         with jax.named_scope("reduction"):
             pool = self.config.reduction.spatial_pool
             return reduce_tokens(x_BFND, frame_groups_BF, groups, pool)
 
     def embed(self, tokens_BS: jax.Array, visual_BVD: jax.Array | None) -> jax.Array:
         """Token embeddings [B, S, D], the i-th `VISUAL` position of a row taking visual token i."""
-        text = self.decoder.embed(jnp.maximum(tokens_BS, 0), self.dtype)
+        ids = sharding.shard(jnp.maximum(tokens_BS, 0), "batch", "length")
+        text = self.decoder.embed(ids, self.dtype)
         if visual_BVD is None:
             return text
 
@@ -84,18 +104,35 @@ class Storm(nnx.Module):
         merge = sharding.per_device(merge, (axes, axes, ("batch", None)), axes)
         return merge(text, visual_BVD, tokens_BS)
 
-    def __call__(self, batch: dict[str, jax.Array], remat: str = "none") -> jax.Array:
+    def __call__(self, batch: dict[str, jax.Array], remat: RematConfig = _KEEP_ALL) -> jax.Array:
         """Final hidden states of a packed batch (`data.packing` has the layout), [B, S, D]."""
-        S, F = batch["tokens"].shape[1], batch["frames"].shape[1]
-        visual = None
+        tokens, visual = batch["tokens"], None
+        S = tokens.shape[1]
+        frames, segments, frame_groups = _padded_frames(batch)
+        F = frames.shape[1]
         groups = min(F, S // self.config.group_tokens)
-        if groups:
-            visual = self.encode(
-                batch["frames"], batch["frame_segments"], batch["frame_groups"], groups, remat
-            )
-        x_BSD = self.embed(batch["tokens"], visual)
+        if groups and sharding.split_axis("length", S):
+            x_BFND = self.mix(frames, segments, remat)
+            with jax.named_scope("reduction"):
+                pool = self.config.reduction.spatial_pool
+                x_BSD = reduce_into(self.embed(tokens, None), x_BFND, frame_groups, tokens, pool)
+        else:
+            if groups:
+                visual = self.encode(frames, segments, frame_groups, groups, remat)
+            x_BSD = self.embed(tokens, visual)
         with jax.named_scope("decoder"):
-            return self.decoder(x_BSD, batch["positions"], batch["segments"], remat=remat)[0]
+            how = Remat(remat.decoder, remat.saved)
+            return self.decoder(x_BSD, batch["positions"], batch["segments"], remat=how)[0]
+
+
+def _padded_frames(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Frames, their segments and groups, as many as the devices along a row can share equally."""
+    frames = batch["frames"]
+    more = -frames.shape[1] % sharding.parts("frames")
+    frames = jnp.pad(frames, ((0, 0), (0, more), *[(0, 0)] * 3))
+    ids = (batch["frame_segments"], batch["frame_groups"])
+    segments, groups = (jnp.pad(x, ((0, 0), (0, more)), constant_values=-1) for x in ids)
+    return frames, segments, groups
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,18 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.config import TemporalConfig
-from storm_jax.models.layers import LayerNorm, Linear, Stack, parameter
-from storm_jax.parallel import sharding
+from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Remat, Stack, parameter
+from storm_jax.parallel import halo, sharding
 from storm_kernels.causal_conv1d import causal_conv1d
-from storm_kernels.selective_scan import Layout, preferred_layout, selective_scan
+from storm_kernels.selective_scan import (
+    Layout,
+    preferred_layout,
+    selective_scan,
+    selective_scan_sharded,
+)
 
 
 class Direction(nnx.Module):
@@ -43,9 +49,10 @@ class Direction(nnx.Module):
 
     def __call__(self, x: jax.Array, segments_BL: jax.Array, layout: Layout) -> jax.Array:
         """Args: x: [B, L, E] in layout "bld", [B, E, L] in "bdl", and so is the result."""
-        inner = ("batch", None, "inner") if layout == "bld" else ("batch", "inner", None)
-        row = ("batch", None)
-        conv = functools.partial(self._conv, layout)
+        inner = ("batch", "length", "inner") if layout == "bld" else ("batch", "inner", "length")
+        row = ("batch", "length")
+        axis_name = sharding.split_axis("length", segments_BL.shape[1])
+        conv = functools.partial(self._conv, layout, axis_name)
         conv = sharding.per_device(conv, (inner, row, (None, "inner"), ("inner",)), inner)
         x = conv(x, segments_BL, self.conv_weight[...], self.conv_bias[...])
         projected = self.x_proj(x) if layout == "bld" else self.x_proj.from_channels_first(x)
@@ -55,9 +62,9 @@ class Direction(nnx.Module):
             dt = self.dt_proj(dt_BLR)
         else:
             dt = jnp.swapaxes(self.dt_proj.to_channels_first(dt_BLR), 0, 1)
-        shared = ("batch", None, None)
+        shared = ("batch", "length", None)
         scan = sharding.per_device(
-            functools.partial(self._scan, layout),
+            functools.partial(self._scan, layout, axis_name),
             (inner, inner, ("inner", None), shared, shared, ("inner",), ("inner",), row),
             inner,
         )
@@ -65,19 +72,33 @@ class Direction(nnx.Module):
         bias = self.dt_bias[...]
         return scan(x, dt, A, B_BLG, C_BLG, self.D[...], bias, segments_BL)
 
-    def _conv(self, layout, x, segments, weight, bias):
+    def _conv(self, layout, axis_name, x, segments, weight, bias):
+        beside = None
+        if axis_name is not None:
+            beside = halo.conv_state(
+                x,
+                segments,
+                weight.shape[0] - 1,
+                axis_name=axis_name,
+                reverse=self.reverse,
+                layout=layout,
+            )
         return causal_conv1d(
             x,
             weight,
             bias,
             segment_ids=segments,
+            initial_state=beside,
             reverse=self.reverse,
             activation="silu",
             layout=layout,
         )
 
-    def _scan(self, layout, u, delta, A, B, C, D, delta_bias, segments):
-        return selective_scan(
+    def _scan(self, layout, axis_name, u, delta, A, B, C, D, delta_bias, segments):
+        scan = selective_scan
+        if axis_name is not None:
+            scan = functools.partial(selective_scan_sharded, axis_name=axis_name)
+        return scan(
             u,
             delta,
             A,
@@ -108,10 +129,11 @@ class MambaLayer(nnx.Module):
         # The projections write the layout that the platform's scan reads fastest.
         layout = preferred_layout(x_BLD)
         if layout == "bld":
-            projected = self.in_proj(self.norm(x_BLD))
+            projected = checkpoint_name(self.in_proj(self.norm(x_BLD)), "mamba")
             u, z = projected[:, :, 0], projected[:, :, 1]
         else:
-            u, z = jnp.swapaxes(self.in_proj.to_channels_first(self.norm(x_BLD)), 1, 2)
+            projected = self.in_proj.to_channels_first(self.norm(x_BLD))
+            u, z = jnp.swapaxes(checkpoint_name(projected, "mamba"), 1, 2)
         y = self.forward(u, segments_BL, layout)
         if self.backward is not None:
             y = y + self.backward(u, segments_BL, layout)
@@ -128,19 +150,19 @@ class TemporalEncoder(nnx.Module):
         self.blocks = Stack(lambda r: MambaLayer(config, width, r), config.layers, rngs=rngs)
 
     def __call__(
-        self, x_BFND: jax.Array, frame_segments_BF: jax.Array, remat: str = "none"
+        self, x_BFND: jax.Array, frame_segments_BF: jax.Array, remat: Remat = KEEP_ALL
     ) -> jax.Array:
         """Args:
-          x_BFND: tokens of every frame.
+          x_BFND: tokens of every frame, split over devices along B and F at most.
           frame_segments_BF: int32, the video that a frame belongs to; negative: padding, which
             neither changes a state nor reaches a neighbour.
-          remat: what the backward pass recomputes, see `Stack.scan`.
+          remat: what the backward pass recomputes, see `Remat`.
 
         Returns:
           [B, F, N, D].
         """
         B, F, N, D = x_BFND.shape
-        segments_BL = jnp.repeat(frame_segments_BF, N, axis=1)
+        segments_BL = sharding.shard(jnp.repeat(frame_segments_BF, N, axis=1), "batch", "length")
 
         def body(layer, x_BLD, _):
             return layer(x_BLD, segments_BL), None

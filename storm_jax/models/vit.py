@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.config import VitConfig
-from storm_jax.models.attention import attention
-from storm_jax.models.layers import LayerNorm, Linear, Stack, parameter
+from storm_jax.models.attention import self_attention
+from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Remat, Stack, parameter
+from storm_jax.parallel.frames import batches
 from storm_jax.parallel.sharding import reshape, shard
 
 
@@ -19,21 +21,24 @@ class VitBlock(nnx.Module):
     def __init__(self, config: VitConfig, rngs: nnx.Rngs):
         D, H, C = config.width, config.heads, config.width // config.heads
         self.norm1 = LayerNorm(D, config.norm_eps)
-        axes = ("embed", "heads", None)
+        # Frames are spread over all devices, so that no tensor parallelism is needed in here.
+        axes = ("embed", "vit_heads", None)
         self.query = Linear((D,), (H, C), axes, bias=True, rngs=rngs)
         self.key = Linear((D,), (H, C), axes, bias=True, rngs=rngs)
         self.value = Linear((D,), (H, C), axes, bias=True, rngs=rngs)
-        self.out = Linear((H, C), (D,), ("heads", None, "embed"), bias=True, rngs=rngs)
+        self.out = Linear((H, C), (D,), ("vit_heads", None, "embed"), bias=True, rngs=rngs)
         self.norm2 = LayerNorm(D, config.norm_eps)
-        self.up = Linear((D,), (config.mlp,), ("embed", "mlp"), bias=True, rngs=rngs)
-        self.down = Linear((config.mlp,), (D,), ("mlp", "embed"), bias=True, rngs=rngs)
+        self.up = Linear((D,), (config.mlp,), ("embed", "vit_mlp"), bias=True, rngs=rngs)
+        self.down = Linear((config.mlp,), (D,), ("vit_mlp", "embed"), bias=True, rngs=rngs)
         self.scale = C**-0.5
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         h = self.norm1(x_BND)
-        h = attention(self.query(h), self.key(h), self.value(h), scale=self.scale)
+        q, k, v = self.query(h), self.key(h), self.value(h)
+        h = self_attention(q, k, v, causal=False, scale=self.scale)
         x_BND = x_BND + self.out(h)
-        return x_BND + self.down(jax.nn.gelu(self.up(self.norm2(x_BND)), approximate=True))
+        h = checkpoint_name(self.up(self.norm2(x_BND)), "mlp")
+        return x_BND + self.down(jax.nn.gelu(h, approximate=True))
 
 
 class Vit(nnx.Module):
@@ -51,53 +56,51 @@ class Vit(nnx.Module):
         self.blocks = Stack(lambda r: VitBlock(config, r), used, rngs=rngs)
         self.norm = LayerNorm(config.width, config.norm_eps) if config.output_layer == -1 else None
 
-    def __call__(self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: str = "none") -> jax.Array:
-        """Encodes frames, `frames_per_call` of each row at a time.
+    def __call__(
+        self,
+        frames_BFHWC: jax.Array,
+        dtype: jnp.dtype,
+        remat: Remat = KEEP_ALL,
+        remat_calls: bool = False,
+    ) -> jax.Array:
+        """Encodes frames, `frames_per_call` on each device at a time.
 
         Args:
-          frames_BFHWC: uint8 [B, F, image_size, image_size, 3].
+          frames_BFHWC: uint8 [B, F, image_size, image_size, 3]. Each device encodes what it holds:
+            `parallel.frames.spread` gives all an equal share.
           dtype: of the computation and the result.
-          remat: what the backward pass recomputes, see `Stack.scan`.
+          remat: what the backward pass recomputes of each layer.
+          remat_calls: the backward pass runs each call forward again, and so holds the activations
+            of one call at a time.
 
         Returns:
           Patch features [B, F, N, D_v], N = grid^2, row by row.
         """
-        F, at_once = frames_BFHWC.shape[1], self.config.frames_per_call
-        calls = math.ceil(F / at_once) if at_once else 1
-        if calls == 1:
-            return self._encode(frames_BFHWC, dtype, remat)
-        # Equal shares waste the fewest padding frames.
-        share = math.ceil(F / calls)
-        padding = ((0, 0), (0, calls * share - F), (0, 0), (0, 0), (0, 0))
-        frames = jnp.pad(frames_BFHWC, padding)
-        B = frames.shape[0]
-        frames = reshape(frames, B, calls, share, *frames.shape[2:])
+        frames_MBHWC, restored = batches(frames_BFHWC, self.config.frames_per_call)
+        if len(frames_MBHWC) == 1:
+            return restored(self._encode(frames_MBHWC[0], dtype, remat)[None])
         graph, state = nnx.split(self)
 
         def encode(state, frames):
             return nnx.merge(graph, state)._encode(frames, dtype, remat)
 
-        if remat != "none":  # the backward pass holds one share's activations at a time
+        if remat_calls:
             encode = jax.checkpoint(encode, prevent_cse=False)
-        features = jax.lax.map(lambda x: encode(state, x), jnp.moveaxis(frames, 1, 0))
-        features = jnp.moveaxis(features, 0, 1)
-        return reshape(features, B, calls * share, *features.shape[3:])[:, :F]
+        return restored(jax.lax.map(lambda frames: encode(state, frames), frames_MBHWC))
 
-    def _encode(self, frames_BFHWC: jax.Array, dtype: jnp.dtype, remat: str) -> jax.Array:
-        B, F = frames_BFHWC.shape[:2]
+    def _encode(self, frames_BHWC: jax.Array, dtype: jnp.dtype, remat: Remat) -> jax.Array:
+        B = frames_BHWC.shape[0]
         grid, patch = self.config.grid, self.config.patch_size
         side = grid * patch  # a remainder of pixels is not seen: 384 = 27 * 14 + 6
-        x = reshape(frames_BFHWC[:, :, :side, :side], B, F, grid, patch, grid, patch, 3)
-        x = x.transpose(0, 1, 2, 4, 3, 5, 6)
-        x = reshape(x, B * F, grid * grid, patch * patch * 3)
+        x = reshape(frames_BHWC[:, :side, :side], B, grid, patch, grid, patch, 3)
+        x = x.transpose(0, 1, 3, 2, 4, 5)
+        x = reshape(x, B, grid * grid, patch * patch * 3)
         x = self.patch(normalise(x).astype(dtype))
         positions = resize_positions(self.positions[...], grid)
         positions = shard(positions, None, None).astype(dtype)
         x_BND = x + positions
         x_BND, _ = self.blocks.scan(lambda block, x, _: (block(x), None), x_BND, remat=remat)
-        if self.norm is not None:
-            x_BND = self.norm(x_BND)
-        return reshape(x_BND, B, F, grid * grid, self.config.width)
+        return x_BND if self.norm is None else self.norm(x_BND)
 
 
 def normalise(pixels: jax.Array) -> jax.Array:

@@ -5,21 +5,30 @@ mesh (`jax.set_mesh`) every function here leaves its argument alone, so models a
 device with no ceremony.
 """
 
+import math
+
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Logical axis -> mesh axes. Parameters are sharded along "embed" by fsdp and are made whole where
-# they are used; None stays on every device.
+# Logical axis -> mesh axes; None stays on every device.
 RULES: dict[str, tuple[str, ...]] = {
+    # Activations. "length" is that of any sequence: temporal tokens, or text and visual tokens.
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "frames": ("seq",),
+    "length": ("seq",),
+    # Parameters, and the activations that they make.
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "inner": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
+    # Parameters alone: stored split, made whole where they are used.
+    "embed": ("fsdp", "seq"),
+    "vit_heads": ("tensor",),
+    "vit_mlp": ("tensor",),
 }
+STORED = ("embed", "vit_heads", "vit_mlp")
 
 Axes = tuple[str | None, ...]
 
@@ -33,21 +42,52 @@ def active_mesh() -> jax.sharding.AbstractMesh | None:
 def spec(axes: Axes, shape: tuple[int, ...], mesh) -> PartitionSpec:
     """Partition of an array of `shape` with logical `axes` on `mesh`.
 
-    An axis that the mesh does not divide (one key-value head on two devices) stays whole.
+    An axis that the mesh does not divide (one key-value head on two devices) stays whole;
+    `parallel.checks` says which of those a training run does not accept. Mesh axes of one device
+    are left out, so that one layout has one spec.
     """
     entries = []
     for axis, size in zip(axes, shape, strict=True):
-        names = RULES[axis] if axis else ()
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
-        entries.append(names if parts > 1 and size % parts == 0 else None)
+        names = tuple(name for name in (RULES[axis] if axis else ()) if mesh.shape[name] > 1)
+        fits = names and size % math.prod(mesh.shape[name] for name in names) == 0
+        entries.append(names if fits else None)
     return PartitionSpec(*entries)
 
 
 def named(axes: Axes, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
     """`spec` with its mesh, for placing arrays and for `jit`."""
     return NamedSharding(mesh, spec(axes, shape, mesh))
+
+
+def of_batch(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Where the array `name` of a packed batch (`data.packing`) lies.
+
+    Rows are split, and the pixels of a row; numbers of frames and tokens are small.
+    """
+    second = "frames" if name == "frames" else None
+    return named(("batch", second, *[None] * (len(shape) - 2)), shape, mesh)
+
+
+def partition(x: jax.Array) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes over which each axis of x is split, () for one that is whole."""
+    entries = jax.typeof(x).sharding.spec
+    return tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
+
+
+def parts(axis: str) -> int:
+    """The number of devices along a logical axis, 1 without a mesh."""
+    mesh = active_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES[axis])
+
+
+def split_axis(axis: str, size: int) -> str | None:
+    """The mesh axis over which a logical axis of `size` is split; None: it is whole.
+
+    For code inside `per_device` that talks to other devices.
+    """
+    (name,) = RULES[axis]
+    count = parts(axis)
+    return name if count > 1 and size % count == 0 else None
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -57,17 +97,42 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gathered(weight: jax.Array, axes: Axes) -> jax.Array:
-    """A parameter as it is used: whole along "embed", still split along the tensor axis."""
-    return shard(weight, *(None if axis == "embed" else axis for axis in axes))
+    """A parameter as it is used: whole along the `STORED` axes, still split along the others."""
+    return shard(weight, *(None if axis in STORED else axis for axis in axes))
 
 
 def reshape(x: jax.Array, *shape: int) -> jax.Array:
-    """`x.reshape(shape)` where at most the leading axis is split; it stays so."""
+    """`x.reshape(shape)`; a split axis stays split and may be merged with those behind it.
+
+    It becomes the axis of the result that begins with it, which each device must hold in equal
+    parts: [B, F, N, D] split over F becomes [B, F * N, D] split over the second axis.
+    """
     if active_mesh() is None:
         return x.reshape(shape)
-    lead, *rest = jax.typeof(x).sharding.spec
-    assert not any(rest), (x.shape, rest)
-    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(lead, *[None] * (len(shape) - 1)))
+    mesh = jax.sharding.get_abstract_mesh()
+    split = {
+        math.prod(x.shape[:i]): names for i, names in enumerate(partition(x)) if names
+    }  # by the number of blocks in front of the axis
+    entries: list[tuple[str, ...] | None] = []
+    for i, size in enumerate(shape):
+        names = split.get(math.prod(shape[:i]), ())
+        parts = math.prod(mesh.shape[name] for name in names)
+        fits = names and size % parts == 0
+        entries.append(names if fits else None)
+        if fits:
+            del split[math.prod(shape[:i])]
+    assert not split, (x.shape, shape, split)
+    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(*entries))
+
+
+def stretches(x: jax.Array) -> jax.Array:
+    """[B, S, ...] as [B, n, S / n, ...], n the number of devices over which S is split.
+
+    What is cut along the third axis stays on its device.
+    """
+    B, S = x.shape[:2]
+    n = parts("length") if split_axis("length", S) else 1
+    return reshape(x, B, n, S // n, *x.shape[2:])
 
 
 def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes):

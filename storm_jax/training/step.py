@@ -9,8 +9,8 @@ import optax
 
 from storm_jax.config import TrainConfig
 from storm_jax.models.storm import Params, StormModel
-from storm_jax.parallel.sharding import reshape
-from storm_jax.training.loss import LossSums, loss_sums, token_scores
+from storm_jax.parallel.sharding import reshape, shard
+from storm_jax.training.loss import LossSums, loss_sums, position_scores
 from storm_jax.training.optim import schedule, split_parts, trainable_parts
 from storm_jax.training.state import TrainState
 
@@ -79,8 +79,8 @@ def make_eval_step(model: StormModel) -> Callable[[Params, Batch], Any]:
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         storm = model.bind(params)
-        nll, _, correct = token_scores(storm.decoder, storm(batch), batch["targets"])
-        return nll, correct
+        scores = position_scores(storm.decoder, storm(batch), batch["targets"])
+        return tuple(shard(x, "batch", None) for x in scores)
 
     return eval_step
 

@@ -18,7 +18,7 @@ from storm_jax.config import ConfigError, MeshConfig, ProjectorConfig, Reduction
 from storm_jax.inference.decode import Decode
 from storm_jax.inference.prefill import LoadedModel, Prefill, Prompt
 from storm_jax.interop import architecture
-from storm_jax.models.layers import Stack
+from storm_jax.models.layers import KEEP_ALL, Stack
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.state import abstract_params
@@ -52,7 +52,7 @@ def recorded(stack: Stack) -> list[jax.Array]:
     """A list that takes what `stack` carries after each layer, [layers, ...], when it runs."""
     outputs = []
 
-    def scan(body, x, xs=None, *, remat="none"):
+    def scan(body, x, xs=None, *, remat=KEEP_ALL):
         def both(module, x, inputs):
             x, y = body(module, x, inputs)
             return x, (x, y)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from storm_jax.config import ConfigError, DecoderConfig
-from storm_jax.models.attention import attention, causal_mask
+from storm_jax.models.attention_kernels import causal_mask, masked_attention
 from storm_jax.models.decoder import Decoder
 from storm_jax.models.layers import rotary
 from tests.models.references import decoder_config, decoder_params, randomise, with_params
@@ -322,7 +322,7 @@ def test_attention_in_float64(softcap):
         weights = np.where(mask[0], np.exp(scores), 0)
         expected[:, h] = weights / weights.sum(axis=1, keepdims=True) @ v[0, :, h // 2]
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-    got = attention(q, k, v, jnp.asarray(mask), scale=1.3, softcap=softcap)
+    got = masked_attention(q, k, v, jnp.asarray(mask), 1.3, softcap)
     np.testing.assert_allclose(got[0], expected, atol=2e-6, rtol=0)
 
 

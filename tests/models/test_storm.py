@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, SiglipVisionConfig, SiglipVisionModel
 
-from storm_jax.config import VISUAL, TemporalConfig
+from storm_jax.config import VISUAL, RematConfig, TemporalConfig
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
+from tests.compilation import FUSED
 from tests.models.references import (
     decoder_config,
     decoder_params,
@@ -278,12 +279,12 @@ def gradient_with(model, params):
 
     @functools.cache
     def gradient(remat):
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=FUSED)
         @jax.grad
         def of(params):
             storm = model.bind(params)
             weights = np.random.default_rng(8).normal(size=(LENGTH, 48)).astype(np.float32)
-            scores = storm.decoder.logits(storm(PACKED, remat))
+            scores = storm.decoder.logits(storm(PACKED, RematConfig(remat, remat, remat)))
             return jnp.sum(scores * (PACKED["segments"] >= 0)[..., None] * weights)
 
         return of(params)

@@ -10,6 +10,7 @@ from flax import nnx
 from transformers import MambaConfig
 
 from storm_jax.config import ConfigError, TemporalConfig
+from storm_jax.models.layers import Remat
 from storm_jax.models.temporal import TemporalEncoder
 from tests.compilation import FUSED
 from tests.models.references import temporal_encoder, temporal_params, with_params
@@ -33,7 +34,7 @@ def random_params(direction, layers=1, conv=CONV) -> dict:
 @partial(jax.jit, static_argnums=(0, 4))
 def encode(temporal, params, x, segments, remat="none"):
     module = with_params(lambda: TemporalEncoder(temporal, WIDTH, nnx.Rngs(0)), params)
-    return module(x, segments, remat)
+    return module(x, segments, Remat(remat))
 
 
 def reference(x_BFND, segments_BF, params):

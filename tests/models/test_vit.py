@@ -10,6 +10,7 @@ from flax import nnx
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from storm_jax.config import ConfigError, VitConfig
+from storm_jax.models.layers import Remat
 from storm_jax.models.vit import Vit, normalise, resize_positions
 from tests.compilation import FUSED
 from tests.models.references import pixels, randomise, vit_params, with_params
@@ -60,8 +61,10 @@ def params_of(siglip, vit_config) -> dict:
     return vit_params(siglip, LAYERS if last else LAYERS - 1, final_norm=last)
 
 
-def features(vit_config, params, images, remat="none"):
-    return with_params(lambda: Vit(vit_config, nnx.Rngs(0)), params)(images, jnp.float32, remat)
+def features(vit_config, params, images, remat="none", calls=False):
+    return with_params(lambda: Vit(vit_config, nnx.Rngs(0)), params)(
+        images, jnp.float32, Remat(remat, ("attention",)), calls
+    )
 
 
 def reference(siglip, images, output_layer):
@@ -127,11 +130,11 @@ def loss_and_gradient(siglip):
     images = frames(30)
     weights = np.random.default_rng(2).normal(size=(ROWS, FRAMES, 16, WIDTH)).astype(np.float32)
 
-    def run(frames_per_call, remat="none"):
+    def run(frames_per_call, remat="none", calls=False):
         vit_config = config(30, frames_per_call=frames_per_call)
 
         def loss(params):
-            out = features(vit_config, params, images, remat)
+            out = features(vit_config, params, images, remat, calls)
             return jnp.sum(jnp.sin(out) * weights), out
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FUSED)
@@ -148,18 +151,21 @@ def all_at_once(loss_and_gradient):
 
 # 5 frames: shares of 1, of 2 (one frame of padding), of 3 (5 = 3 + 2), more than there are.
 @pytest.mark.parametrize(
-    "frames_per_call,remat",
+    "frames_per_call,remat,calls",
     [
-        (2, "full"),
-        (3, "none"),
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in [(1, "none"), (8, "none")]),
-        *(pytest.param(0, r, marks=pytest.mark.slow) for r in ("full", "dots")),
+        (2, "full", True),
+        (3, "none", False),
+        *(
+            pytest.param(*p, marks=pytest.mark.slow)
+            for p in [(1, "none", True), (8, "none", False), (2, "names", False)]
+        ),
+        *(pytest.param(0, r, False, marks=pytest.mark.slow) for r in ("full", "dots")),
     ],
 )
 def test_micro_batches_and_remat_change_nothing(
-    loss_and_gradient, all_at_once, frames_per_call, remat
+    loss_and_gradient, all_at_once, frames_per_call, remat, calls
 ):
-    out, grads = loss_and_gradient(frames_per_call, remat)
+    out, grads = loss_and_gradient(frames_per_call, remat, calls)
     np.testing.assert_allclose(out, all_at_once[0], atol=5e-6, rtol=0)
 
     def close(ours, theirs):
@@ -178,7 +184,7 @@ def test_micro_batches_bound_the_memory_of_many_frames(siglip, remat):
     def temporaries(frames_per_call):
         def total(params, images):
             return features(
-                config(28, frames_per_call=frames_per_call), params, images, remat
+                config(28, frames_per_call=frames_per_call), params, images, remat, remat == "full"
             ).sum()
 
         f = total if remat == "none" else jax.grad(total)

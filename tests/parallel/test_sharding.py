@@ -54,7 +54,7 @@ def _parts(entry):
 def test_an_axis_of_one_device_is_not_split():
     mesh = make_mesh(MeshConfig(8, 1, 1))
     assert sharding.spec(("embed", "heads"), (8, 8), mesh) == P(None, None)
-    assert sharding.spec(("batch",), (8,), mesh) == P(BATCH)
+    assert sharding.spec(("batch",), (8,), mesh) == P("data")
 
 
 def test_an_unknown_axis_is_an_error(mesh):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from storm_jax.config import MeshConfig
+from storm_jax.config import SAVED_NAMES, MeshConfig
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel import sharding
 from storm_jax.parallel.mesh import make_mesh
@@ -105,9 +105,11 @@ def test_accumulation_gives_the_loss_of_the_whole_batch():
     assert_same(both, whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ("dots", "full"))
+@pytest.mark.parametrize("remat", ("dots", "names", "full"))
 def test_remat_changes_nothing(one_device, remat):
-    assert_same(run({"train.remat": remat}, MeshConfig(1, 1, 1), devices=1), one_device, rtol=1e-6)
+    parts = {f"train.remat.{part}": remat for part in ("vit", "temporal", "decoder")}
+    changes = {**parts, "train.remat.saved": SAVED_NAMES}
+    assert_same(run(changes, MeshConfig(1, 1, 1), devices=1), one_device, rtol=1e-6)
 
 
 def test_frozen_parts_stay_and_the_rest_moves():

@@ -1,0 +1,63 @@
+"""Whether a run's model and data can be split over its mesh, told before anything is compiled."""
+
+import math
+
+import jax
+
+from storm_jax.config import RunConfig
+from storm_jax.frames import require
+from storm_jax.parallel.heads import padded_heads
+
+# Work on padding, as a share of the work itself, that is accepted without a word.
+MAX_PADDING = 0.5
+
+
+def check_divisible(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError where an axis would not be split, or padded by more than `MAX_PADDING`.
+
+    An array that the mesh does not divide stays whole on every device (`sharding.spec`). That is
+    accepted for what is small: key-value heads, which are repeated, and the ViT's heads and MLP,
+    which are whole where they are used anyway. Frames, and query heads over seq, are padded.
+    """
+    model, decoder = config.model, config.model.decoder
+    tensor, seq, fsdp = (mesh.shape[axis] for axis in ("tensor", "seq", "fsdp"))
+
+    def divides(field: str, size: int, devices: int, axis: str, what: str) -> None:
+        most = math.gcd(size, devices)
+        require(
+            size % devices == 0,
+            f"{field}={size} is not a multiple of mesh.{axis}={devices}: {what} would be whole on"
+            f" every device; set mesh.{axis} to {most} or another divisor of {size}",
+        )
+
+    divides("model.decoder.heads", decoder.heads, tensor, "tensor", "attention")
+    divides("model.decoder.mlp", decoder.mlp, tensor, "tensor", "the MLP")
+    divides("model.decoder.vocab_size", decoder.vocab_size, tensor, "tensor", "the vocabulary")
+    if model.temporal.layers:
+        inner = model.temporal.expand * decoder.width
+        field = "model.temporal.expand * model.decoder.width"
+        divides(field, inner, tensor, "tensor", "the Mamba channels")
+    divides("data.sequence_length", config.data.sequence_length, seq, "seq", "every row")
+
+    for part, width in (("decoder", decoder.width), ("vit", model.vit.width)):
+        most = math.gcd(width, fsdp * seq)
+        require(
+            width % (fsdp * seq) == 0,
+            f"model.{part}.width={width} is not a multiple of mesh.fsdp * mesh.seq={fsdp * seq}:"
+            " its parameters would be whole on every device; make the product"
+            f" {most}, and mesh.data {fsdp * seq // most} times what it is",
+        )
+
+    frames = config.data.row_frames
+    padded = math.ceil(frames / seq) * seq
+    require(
+        padded <= (1 + MAX_PADDING) * frames,
+        f"data.row_frames={frames} would be padded to {padded} for mesh.seq={seq}; lower mesh.seq,"
+        " or raise data.row_frames",
+    )
+    padded = padded_heads(decoder.heads, decoder.kv_heads, tensor, seq)
+    require(
+        padded <= (1 + MAX_PADDING) * decoder.heads,
+        f"model.decoder.heads={decoder.heads} would be padded to {padded} for mesh.tensor *"
+        f" mesh.seq={tensor * seq}, since each device takes whole heads; lower mesh.seq",
+    )
