@@ -19,8 +19,13 @@ ROOT = HERE.parent
 RESULTS = HERE / "results" / "pods"
 PAGE = ROOT / "docs" / "compile.md"
 MARKS = "<!-- table: benchmarks/pods.py -->", "<!-- end of table -->"
-# Rows of the batch are those of the devices where the config has fewer.
-TOPOLOGIES = ("v5p:8x8x8 train.batch=512", "v5e:16x16", "v6e:16x16", "h200:8x4")
+# Widths of the model are multiples of 128: fsdp is no larger. A device has at least one row.
+TOPOLOGIES = (
+    "v5p:8x8x8 mesh.data=4 train.batch=512",
+    "v5e:16x16 mesh.data=2",
+    "v6e:16x16 mesh.data=2",
+    "h200:8x4",
+)
 
 
 def file_of(case: str) -> pathlib.Path:
@@ -54,7 +59,7 @@ def row(report: dict) -> str:
         report["config"],
         mesh,
         f"{report['batch']}" + (f" / {a}" if (a := report["accumulation"]) > 1 else ""),
-        report["remat"],
+        remat(report["remat"]),
         f"{gib[0]} of {gib[1]}" + ("" if report["fits"] else ", does not fit"),
     ]
     if counted is None:
@@ -70,6 +75,14 @@ def row(report: dict) -> str:
         f"{mfu[1]:.0%} to {mfu[0]:.0%}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def remat(policies: dict) -> str:
+    """Policies in few words."""
+    calls = ", ViT calls" if policies["vit_calls"] else ""
+    parts = [f"{part} {policies[part]}" for part in ("vit", "temporal", "decoder")]
+    same = len({policies[part] for part in ("vit", "temporal", "decoder")}) == 1
+    return (policies["vit"] if same else ", ".join(parts)) + calls
 
 
 def table() -> str:

@@ -29,7 +29,7 @@ from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.metrics import MetricWriter, Progress, require_finite
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
 from storm_jax.parallel import sharding
-from storm_jax.parallel.checks import check_divisible
+from storm_jax.parallel.checks import check_batch, check_divisible
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.evaluate import Score, evaluate
 from storm_jax.training.optim import make_optimizer, trainable_parts
@@ -47,7 +47,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Score]:
     """Runs training to its end and returns the final scores by task."""
     # ------------------------------------------------------------------------- devices and workdir
     mesh = make_mesh(config.mesh)
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     check_divisible(config, mesh)
     _prepare(workdir, config)
     sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -267,16 +267,6 @@ def _prepare(workdir: Path, config: RunConfig) -> None:
             f"--workdir={workdir} cannot be written ({error.strerror}); give a folder that this"
             " user may write to"
         ) from error
-
-
-def _check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.train.batch // config.train.accumulation
-    if rows % shares:
-        raise ConfigError(
-            f"a microbatch of {rows} rows (train.batch / train.accumulation) cannot be split over"
-            f" {shares} devices (mesh data x fsdp); make it a multiple of {shares}"
-        )
 
 
 def _check_vocabulary(config: RunConfig, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from storm_jax.aot import hlo
 from storm_jax.aot.collectives import collectives, table
@@ -80,7 +81,7 @@ class Report:
     mesh: dict[str, int]
     batch: int
     accumulation: int
-    remat: str
+    remat: dict[str, Any]
     parameters: dict[str, int]
     memory: Memory
     fits: bool
@@ -120,7 +121,7 @@ def analyse(config: RunConfig, topology: Topology) -> Report:
         mesh=dict(step.mesh.shape),
         batch=config.train.batch,
         accumulation=config.train.accumulation,
-        remat=config.train.remat,
+        remat=asdict(config.train.remat),
         parameters={part: count_parameters(tree) for part, tree in step.state.params.items()},
         memory=memory,
         fits=memory.fits,

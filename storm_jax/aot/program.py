@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from storm_jax.aot.topology import Topology
-from storm_jax.config import ConfigError, RunConfig
+from storm_jax.config import RunConfig
 from storm_jax.data.packing import Limits, empty_row
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel import sharding
+from storm_jax.parallel.checks import check_batch, check_divisible
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.optim import make_optimizer, trainable_parts
 from storm_jax.training.state import TrainState, abstract_state
@@ -88,16 +89,12 @@ def trace_step(config: RunConfig, topology: Topology) -> Step:
     """Traces the step on a mesh of the topology's devices.
 
     Raises:
-      ConfigError: the mesh does not multiply to the devices, or does not divide the batch.
+      ConfigError: the mesh does not multiply to the devices, or does not divide the batch or the
+        model.
     """
     mesh = make_mesh(_with_slices(config, topology).mesh, list(topology.devices))
-    rows = config.train.batch // config.train.accumulation
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % shares:
-        raise ConfigError(
-            f"a microbatch of {rows} rows (train.batch / train.accumulation) cannot be split over"
-            f" {shares} devices (mesh data x fsdp); make it a multiple of {shares}"
-        )
+    check_batch(config, mesh)
+    check_divisible(config, mesh)
     model = StormModel(config.model)
     parts = trainable_parts(config.train.optimizer)
     optimizer = make_optimizer(config.train.optimizer, config.train.steps)
@@ -114,7 +111,7 @@ def abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.
     batch = {}
     for name, x in row.items():
         shape = (config.train.batch, *x.shape)
-        layout = sharding.named(("batch", *[None] * x.ndim), shape, mesh)
+        layout = sharding.of_batch(name, shape, mesh)
         batch[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=layout)
     return batch
 
@@ -165,8 +162,8 @@ def out_of_memory(message: str, seconds: float = 0.0) -> OutOfMemory | None:
 
 
 def _with_slices(config: RunConfig, topology: Topology) -> RunConfig:
-    """The mesh is told of TPU slices; hosts of GPUs it finds itself."""
-    if topology.chip.is_gpu or not hasattr(config.mesh, "slices"):
+    """The mesh is told of TPU slices. Of hosts with GPUs the config says how many are one."""
+    if topology.chip.is_gpu:
         return config
     mesh = dataclasses.replace(config.mesh, slices=topology.slices)
     return dataclasses.replace(config, mesh=mesh)

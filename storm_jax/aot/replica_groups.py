@@ -53,9 +53,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _mesh_groups(text: str) -> np.ndarray:
-    axes, order, used = _parts(
-        r"mesh\[(.*?)\](?:,\s*device_ids=\((.*?)\))?\s*\{(.*?)\}", text
-    )
+    axes, order, used = _parts(r"mesh\[(.*?)\](?:,\s*device_ids=\((.*?)\))?\s*\{(.*?)\}", text)
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     # A part of an axis: 'x':(2)4 is the axis of size 4 that has parts of 2 before it.
     used = [(n, int(b or 1), int(s or 0)) for n, b, s in re.findall(_USED, used)]

@@ -13,9 +13,8 @@ def lines(report: Report) -> Iterator[str]:
     slices = f", {report.slices} slices or hosts" if report.slices > 1 else ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     yield f"{report.config} on {report.topology}: {report.devices} x {report.chip}{slices}"
-    yield f"  mesh {mesh}; batch {report.batch} in {report.accumulation} microbatch(es);" + (
-        f" remat {report.remat}"
-    )
+    yield f"  mesh {mesh}; batch {report.batch} in {report.accumulation} microbatch(es)"
+    yield "  remat " + ", ".join(f"{name}={value}" for name, value in report.remat.items())
     yield f"  compiled by {report.compiler} ({versions}) in {report.compile_seconds:.0f} s"
     yield from _memory(report)
     if report.counted is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from storm_jax.config import RunConfig, TrainConfig
+from storm_jax.config import RematConfig, RematPolicy, RunConfig
 from storm_jax.parallel.mesh import AXES
 from storm_jax.parallel.sharding import RULES
 
@@ -14,8 +14,13 @@ BATCH_AXES = RULES["batch"]
 SPLIT_AXES = tuple(axis for axis in AXES if axis not in BATCH_AXES)
 """Mesh axes that share one row's work."""
 
-REMAT = typing.get_args(typing.get_type_hints(TrainConfig)["remat"])
-"""The names that train.remat takes."""
+REMAT = typing.get_args(RematPolicy)
+"""The names of the recomputation policies."""
+
+REMAT_PARTS = tuple(
+    name for name, hint in typing.get_type_hints(RematConfig).items() if hint == RematPolicy
+)
+"""The fields of train.remat that take one."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,18 @@ def mesh_variants(config: RunConfig, devices: int, most: int = 16) -> list[Varia
 
 
 def remat_variants(config: RunConfig) -> list[Variant]:
-    """The other recomputation policies."""
-    return [Variant((("train.remat", p),)) for p in REMAT if p != config.train.remat]
+    """The other recomputation policies, each for all parts, and the ViT's calls the other way."""
+    remat = config.train.remat
+    found = [Variant((("train.remat.vit_calls", not remat.vit_calls),))]
+    for policy in REMAT:
+        changes = [
+            (f"train.remat.{part}", policy)
+            for part in REMAT_PARTS
+            if getattr(remat, part) != policy
+        ]
+        if changes:
+            found.append(Variant(tuple(changes)))
+    return found
 
 
 def smaller_variants(config: RunConfig, mesh: dict[str, int]) -> Iterator[Variant]:

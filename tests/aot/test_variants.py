@@ -38,17 +38,21 @@ def test_every_mesh_that_divides_once():
 
 def test_a_variant_changes_only_what_it_names():
     config = run_config()
-    variant = Variant((("mesh.fsdp", 4), ("train.remat", "full")))
+    variant = Variant((("mesh.fsdp", 4), ("train.remat.vit", "full")))
     changed = variant.apply(config)
-    assert changed.mesh.fsdp == 4 and changed.train.remat == "full"
+    assert changed.mesh.fsdp == 4 and changed.train.remat.vit == "full"
+    assert changed.train.remat.decoder == config.train.remat.decoder
     assert changed.model == config.model and changed.train.batch == config.train.batch
-    assert str(variant) == "mesh.fsdp=4 train.remat=full"
+    assert str(variant) == "mesh.fsdp=4 train.remat.vit=full"
     assert Variant(()).apply(config) == config and str(Variant(())) == "as it is"
 
 
 def test_policies_are_those_of_the_config():
-    others = {dict(variant.changes)["train.remat"] for variant in remat_variants(run_config())}
-    assert others == set(REMAT) - {run_config().train.remat} and len(others) >= 2
+    config = run_config(**{"train.remat.decoder": "dots"})
+    changed = [variant.apply(config).train.remat for variant in remat_variants(config)]
+    assert config.train.remat not in changed and changed[0].vit_calls
+    assert [remat.vit for remat in changed[1:]] == list(REMAT)
+    assert all(remat.vit == remat.temporal == remat.decoder for remat in changed[1:])
 
 
 def test_smaller_variants_keep_the_batch_and_the_devices():
