@@ -234,10 +234,21 @@ def _calls(computations, entry: str, unknown: list[str]):
             elif instruction.opcode == "fusion":
                 pending.append((instruction.called("calls"), times, True))
             elif instruction.opcode == "conditional":
-                for branch in _branches(instruction.text):
-                    pending.append((branch, times, fused))  # at most: all branches
+                # One of them runs. Which, the program does not say: the one that writes most.
+                branches = _branches(instruction.text)
+                branch = max(branches, key=lambda name: _written(computations, name))
+                pending.append((branch, times, fused))
             elif instruction.opcode in ("call", "async-start"):
                 pending.append((instruction.called("to_apply", "calls"), times, fused))
+
+
+def _written(computations, name: str) -> float:
+    """Bytes of all results of a computation and of those that it calls."""
+    return sum(
+        times * instruction.bytes
+        for called, times, _ in _calls(computations, name, [])
+        for instruction in computations[called].instructions.values()
+    )
 
 
 def _branches(text: str) -> list[str]:

@@ -51,6 +51,19 @@ def test_a_gradient_with_and_without_recomputation():
         assert device_work(program).flops == passes * 5 * product
 
 
+def test_a_conditional_counts_its_larger_branch():
+    def small(x, w):
+        return x @ w
+
+    def large(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=6)[0]
+
+    def function(x, w):
+        return jax.lax.cond(jnp.sum(x) > 0, small, large, x, w)
+
+    assert device_work(compiled(function, (8, 32), (32, 32))).flops == 6 * 2 * 8 * 32 * 32
+
+
 def test_a_batched_product():
     def function(x, y):
         return jnp.einsum("bij,bkj->bik", x, y)
