@@ -48,14 +48,14 @@ class Counted:
       xla_flops: `cost_analysis` of XLA, every loop body once.
       hbm_bytes: of a device.
       silent_kernels: kernels that state no FLOPs, and executions.
-      unknown_loops: loops whose trip count could not be read, counted once.
+      unknown_loops: loops whose trip count could not be read or depends on the data, counted once.
     """
 
     matmul_flops: float
     xla_flops: float
     hbm_bytes: float
     silent_kernels: dict[str, float]
-    unknown_loops: int
+    unknown_loops: tuple[str, ...]
     traffic: tuple[Traffic, ...]
     roofline: Roofline
     binds: str
@@ -146,7 +146,7 @@ def _count(
         xla_flops=result.flops,
         hbm_bytes=own.hbm_bytes,
         silent_kernels=own.silent_kernels,
-        unknown_loops=len(program.unknown_loops),
+        unknown_loops=program.unknown_loops,
         traffic=tuple(
             Traffic(axes, kind, executions, received)
             for (axes, kind), (executions, received) in table(found).items()

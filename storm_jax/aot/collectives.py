@@ -79,7 +79,7 @@ def collectives(program: Program, mesh: jax.sharding.Mesh) -> list[Collective]:
                 groups=groups,
                 operand_bytes=moved,
                 times=times,
-                source=_source(instruction),
+                source=instruction.source,
             )
         )
     return [c for c in found if c.axes]
@@ -99,11 +99,6 @@ def _scatters(program: Program, computation: Computation) -> bool:
     # The TPU compiler's form: a fusion of the sum and of the slice that the device keeps.
     fused = computation.name not in program.top_level
     return fused and any(i.opcode == "dynamic-slice" for i in computation.instructions.values())
-
-
-def _source(instruction: Instruction) -> str:
-    match = re.search(r'op_name="([^"]*)"', instruction.text)
-    return match[1] if match else ""
 
 
 # ------------------------------------------------------------------------------------ who with whom

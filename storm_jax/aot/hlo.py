@@ -62,6 +62,12 @@ class Instruction:
     def bytes(self) -> int:
         return sum(shape.bytes for shape in self.shapes)
 
+    @property
+    def source(self) -> str:
+        """The JAX operation that it comes from, as far as the compiler says."""
+        match = re.search(r'op_name="([^"]*)"', self.text)
+        return match[1] if match else ""
+
     def called(self, *attributes: str) -> str:
         """The computation named by `attribute=%name`, the first of these that there is."""
         for attribute in attributes:
@@ -106,7 +112,8 @@ class Program:
         say how to reduce or compare are not in it.
       top_level: computations whose instructions are executed one by one, results in memory; the
         others in `executions` are bodies of fusions.
-      unknown_loops: names of loops whose trip count could not be read: their bodies count once.
+      unknown_loops: sources of loops whose trip count could not be read, or depends on the data:
+        their bodies count once.
     """
 
     computations: dict[str, Computation]
@@ -228,7 +235,7 @@ def _calls(computations, entry: str, unknown: list[str]):
             if instruction.opcode == "while":
                 trips = _trips(computations, computations[name], instruction)
                 if trips is None:
-                    unknown.append(instruction.name)
+                    unknown.append(instruction.source or instruction.name)
                     trips = 1
                 pending.append((instruction.called("body"), times * trips, fused))
             elif instruction.opcode == "fusion":

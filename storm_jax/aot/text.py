@@ -80,8 +80,8 @@ def _work(report: Report, counted: Counted) -> Iterator[str]:
     yield f"  memory traffic             {counted.hbm_bytes / 1e9:>10.1f} GB  (estimate from above)"
     for name, times in counted.silent_kernels.items():
         yield f"  not counted: {times:.0f} executions of kernel {name}"
-    if counted.unknown_loops:
-        yield f"  {counted.unknown_loops} loop(s) of unknown length are counted once"
+    for loop in counted.unknown_loops:
+        yield f"  counted once, its length is not in the program: {loop}"
 
 
 def _traffic(counted: Counted) -> Iterator[str]:

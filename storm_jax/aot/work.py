@@ -127,8 +127,7 @@ def _target(call: Instruction) -> str:
 
 
 def _kernel_name(call: Instruction) -> str:
-    match = re.search(r'op_name="(?:[^"]*/)?([^"/]*)"', call.text)
-    return match[1] if match else _target(call)
+    return call.source.rpartition("/")[2] or _target(call)
 
 
 # ------------------------------------------------------------------------------------------ memory

@@ -29,7 +29,7 @@ def test_tpu_pods(name, slices, devices, sizes, kind, usable):
     assert topology.chip.device_kinds[0] == kind or kind.startswith(topology.chip.device_kinds)
     assert {topology.slice_of(d) for d in topology.devices} == set(range(slices))
     # What the compiler gives a program is close to what the data sheet says.
-    assert topology.available_bytes == pytest.approx(usable * 2**30, rel=1e-6)
+    assert topology.available_bytes == pytest.approx(usable * 2**30, rel=2e-3)
     assert 0.95 < topology.available_bytes / topology.chip.hbm_bytes < 1.02
 
 

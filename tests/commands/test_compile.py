@@ -62,40 +62,54 @@ def test_mistakes_are_told_without_a_traceback(arguments, message):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_step_that_does_not_fit_says_what_would_help(tmp_path):
     file = tmp_path / "report.json"
     large = "--config.train.batch=4194304"
-    done = run(*TINY, "--topology=h100:2", large, f"--json={file}")
+    done = run(*TINY, "--topology=h100:2", large, f"--json={file}", timeout=3600)
     assert done.returncode == 1 and "DOES NOT FIT" in done.stdout, done.stderr
-    advice = json.loads(file.read_text())["advice"]
-    best = advice[0]["report"]
-    assert best["memory"]["total"] < json.loads(file.read_text())["memory"]["total"]
-    assert advice[0]["variant"] in done.stdout
+    report = json.loads(file.read_text())
+    best = report["advice"][0]
+    assert best["report"]["memory"]["total"] < report["memory"]["total"]
+    assert best["variant"] in done.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
-def test_a_sweep_ranks_and_survives_failures(tmp_path):
+def test_a_sweep_ranks_what_fits(tmp_path):
     file = tmp_path / "sweep.json"
-    # Two key-value heads on two devices do, three rows on two devices of data do not.
-    done = run(*TINY, "--topology=h100:2", "--sweep", "--sweep_limit=3", f"--json={file}")
+    arguments = ("--topology=h100:2", "--sweep", "--sweep_limit=2", f"--json={file}")
+    done = run(*TINY, *arguments, timeout=3600)
     assert done.returncode == 0, done.stderr
     ranked = json.loads(file.read_text())["sweep"]
     fitting = [entry["report"] for entry in ranked if entry["report"]]
-    assert len(fitting) >= 4 and len({json.dumps(r["mesh"]) for r in fitting}) >= 2
-    assert len({json.dumps(r["remat"]) for r in fitting}) >= 2
+    assert len({json.dumps(r["mesh"]) for r in fitting}) == 2
+    assert len({json.dumps(r["remat"]) for r in fitting}) >= 4
     times = [sum(r["counted"]["speed"]["step_seconds"]) for r in fitting]
     assert times == sorted(times)
-    assert f"[{len(ranked) - 3}/{len(ranked) - 3}]" in done.stderr
 
 
+# A pod of each generation that the recipes name. `fsdp` divides the ViT's width.
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
-def test_tpu_pods_compile_the_tiny_model(topology, tmp_path):
+@pytest.mark.parametrize(
+    "topology,overrides",
+    [
+        ("v5p:8x8x8", ("--config.mesh.data=4", "--config.train.batch=512")),
+        ("v5e:16x16", ("--config.mesh.data=2",)),
+        ("v6e:16x16", ("--config.mesh.data=2",)),
+    ],
+)
+def test_long_videos_compile_for_a_pod(topology, overrides, tmp_path):
     file = tmp_path / "report.json"
-    done = run(*TINY, f"--topology={topology}", f"--json={file}")
-    assert done.returncode == 0, done.stderr
+    place = (f"--topology={topology}", *overrides, "--noadvice", f"--json={file}")
+    done = run("--config=configs/long.py", *place, timeout=3600)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
     report = json.loads(file.read_text())
-    assert report["counted"]["unknown_loops"] == 0
-    assert 0.8 < report["counted"]["matmul_flops"] / report["model_flops"] < 1.3
+    assert sum(report["parameters"].values()) == pytest.approx(8.21e9, rel=0.01)
+    assert (done.returncode == 0) == report["fits"]
+    if report["fits"]:
+        ratio = report["counted"]["matmul_flops"] / report["model_flops"]
+        assert 0.9 < ratio < 2
+        assert {t["axes"] for t in report["counted"]["traffic"]} >= {"fsdp", "data+fsdp"}
