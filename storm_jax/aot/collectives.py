@@ -60,7 +60,7 @@ class Collective:
 
 def collectives(program: Program, mesh: jax.sharding.Mesh) -> list[Collective]:
     """All collectives that `program`, compiled for `mesh`, executes."""
-    found = []
+    found: dict[str, Collective] = {}
     for computation, instruction, times in program.executed():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS or instruction.opcode.endswith("-done"):
@@ -71,18 +71,17 @@ def collectives(program: Program, mesh: jax.sharding.Mesh) -> list[Collective]:
         moved = sum(operand.bytes for operand in computation.operands(instruction))
         if instruction.opcode == "all-reduce":  # on TPUs it may round what it takes
             moved = min(moved, instruction.bytes)
-        found.append(
-            Collective(
-                name=instruction.name,
-                kind=kind,
-                axes=_axes(groups, mesh),
-                groups=groups,
-                operand_bytes=moved,
-                times=times,
-                source=instruction.source,
-            )
+        collective = Collective(
+            name=instruction.name,
+            kind=kind,
+            axes=_axes(groups, mesh),
+            groups=groups,
+            operand_bytes=moved,
+            times=times,
+            source=instruction.source,
         )
-    return [c for c in found if c.axes]
+        found.setdefault(_identity(instruction), collective)
+    return [collective for collective in found.values() if collective.axes]
 
 
 def table(found: list[Collective]) -> dict[tuple[str, str], tuple[float, float]]:
@@ -93,6 +92,17 @@ def table(found: list[Collective]) -> dict[tuple[str, str], tuple[float, float]]
         times, received = sums.get(key, (0.0, 0.0))
         sums[key] = (times + c.times, received + c.times * c.received_bytes)
     return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
+
+def _identity(instruction: Instruction) -> str:
+    """What instructions have in common that are parts of one collective.
+
+    The TPU compiler writes one that overlaps with products again in every fusion during which it
+    goes on, and gives these the same chain and channel.
+    """
+    chain = re.search(r'chain_id="?(\d+)', instruction.text)
+    channel = re.search(r"channel_id=(\d+)", instruction.text)
+    return f"{chain[1]}/{channel[1]}" if chain and channel else instruction.name
 
 
 def _scatters(program: Program, computation: Computation) -> bool:

@@ -144,10 +144,12 @@ def parse(text: str) -> Program:
             if header:
                 name, lines = header["name"], []
                 entry = name if header["entry"] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             parsed = (_instruction(x) for x in lines)
             computations[name] = Computation(name, {i.name: i for i in parsed if i is not None})
             name = None
+        elif lines and not _NAME.match(line):
+            lines[-1] += line  # an attribute with a line break in it
         else:
             lines.append(line)
     if entry is None:

@@ -127,7 +127,7 @@ def _target(call: Instruction) -> str:
 
 
 def _kernel_name(call: Instruction) -> str:
-    return call.source.rpartition("/")[2] or _target(call)
+    return call.source.removesuffix("/pallas_call").rpartition("/")[2] or _target(call)
 
 
 # ------------------------------------------------------------------------------------------ memory

@@ -104,6 +104,24 @@ def test_the_parser_reads_layouts_spaces_and_tuples():
     assert hlo.shapes("s4[3]{0}")[0].bytes == 2
 
 
+def test_line_breaks_in_attributes_end_nothing():
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %k = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", a={b={
+"block": "8"
+}}, metadata={op_name="f/attention/pallas_call"}, config={"cost_estimate":{"flops":96}}
+  ROOT %r = f32[4]{0} negate(%k)
+}
+"""
+    program = hlo.parse(text)
+    assert list(program.computations["main"].instructions) == ["x", "k", "r"]
+    assert device_work(program).flops == 96
+    silent = hlo.parse(text.replace("cost_estimate", "nothing"))
+    assert device_work(silent).silent_kernels == {"attention": 1}
+
+
 def test_a_trip_count_is_read_from_the_condition():
     text = """HloModule m, is_scheduled=true
 
