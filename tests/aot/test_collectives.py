@@ -125,6 +125,31 @@ def test_replica_groups_in_all_their_forms(text, groups):
     assert replica_groups(text, 4).tolist() == groups
 
 
+def test_one_that_goes_on_in_several_fusions_counts_once():
+    """As the TPU compiler writes an all-gather that overlaps with two products."""
+    chain = 'attributes={chain_id="20"}'
+    fusion = """%NAME (p: f32[8,16]) -> f32[16,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  ROOT %g = f32[16,16]{1,0} all-gather(%p), channel_id=68, replica_groups={{0,1}}, CHAIN
+}
+
+"""
+    text = "HloModule m, is_scheduled=true\n\n" + "".join(
+        fusion.replace("NAME", name).replace("%g", f"%{name}.g").replace("CHAIN", chain)
+        for name in ("start", "middle", "done")
+    )
+    text += """ENTRY %main (x: f32[8,16]) -> f32[16,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %a = f32[16,16]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %b = f32[16,16]{1,0} fusion(%x), kind=kCustom, calls=%middle
+  ROOT %c = f32[16,16]{1,0} fusion(%x), kind=kCustom, calls=%done
+}
+"""
+    assert only(collectives(hlo.parse(text), mesh(a=2))).received_bytes == V
+    apart = text.replace(chain, "attributes={}")  # else equal channels say nothing
+    assert len(collectives(hlo.parse(apart), mesh(a=2))) == 3
+
+
 def test_an_unknown_form_of_groups_is_an_error():
     with pytest.raises(ConfigError, match="form that is not known"):
         replica_groups("replica_groups=@somewhere, x", 4)
