@@ -49,13 +49,18 @@ def compile_case(case: str) -> None:
         sys.exit(f"{case}: the command failed")
 
 
+def is_sliced(report: dict) -> bool:
+    """Whether it is of several TPU slices; hosts of GPUs stand in the topology's name."""
+    return report["compiler"] == "libtpu" and report["slices"] > 1
+
+
 def row(report: dict) -> str:
     """A line of the table."""
     mesh = " ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
     memory, counted = report["memory"], report["counted"]
     gib = [f"{memory[name] / 2**30:.1f}" for name in ("total", "available")]
     cells = [
-        report["topology"] + (f" x {report['slices']}" if report["slices"] > 1 else ""),
+        report["topology"] + (f" x {report['slices']}" if is_sliced(report) else ""),
         report["config"],
         mesh,
         f"{report['batch']}" + (f" / {a}" if (a := report["accumulation"]) > 1 else ""),
