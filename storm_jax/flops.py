@@ -4,26 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storm_jax.config import ModelConfig
+from storm_jax.chips import chip_of_kind
+from storm_jax.config import DataConfig, ModelConfig
 from storm_jax.models.storm import PARTS
-
-# Dense bfloat16 FLOP/s of one JAX device, by the start of `device_kind` (vendors' data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device, or None for a device that is not in the table: then there is no MFU."""
-    return next((v for kind, v in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+    """Dense bfloat16 FLOP/s of one device, or None for one without a data sheet here: no MFU."""
+    chip = chip_of_kind(device_kind)
+    return None if chip is None else chip.peak_flops
 
 
 @dataclass(frozen=True)
@@ -44,6 +33,17 @@ class Work:
             tokens=int(there.sum()),
             scored=int((batch["targets"] >= 0).sum()),
             attended=int((batch["positions"][there].astype(np.int64) + 1).sum()),
+        )
+
+    @classmethod
+    def full(cls, data: DataConfig, model: ModelConfig, rows: int) -> "Work":
+        """What `rows` rows without padding hold: one video each, and text that all has targets."""
+        S, visual = data.sequence_length, model.visual_tokens(data.row_frames)
+        return cls(
+            frames=rows * data.row_frames,
+            tokens=rows * S,
+            scored=rows * max(0, S - visual),
+            attended=rows * S * (S + 1) // 2,
         )
 
 

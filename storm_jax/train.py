@@ -27,7 +27,7 @@ from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.metrics import MetricWriter
 from storm_jax.models.storm import PARTS, StormModel, count_parameters
 from storm_jax.parallel import processes, sharding
-from storm_jax.parallel.checks import check_divisible
+from storm_jax.parallel.checks import check_batch, check_divisible
 from storm_jax.parallel.identity import identity
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.reporting import BadRecords, RecordLog, Report
@@ -70,7 +70,7 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
     )
     mesh = make_mesh(config.mesh)
     _say("mesh " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()))
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     check_divisible(config, mesh)
     preemption = Preemption(mesh, config.train.preemption_grace)
     folder = Workdir(workdir)
@@ -260,16 +260,6 @@ def _init_from(config: RunConfig, state: TrainState, abstract: TrainState) -> Tr
             params[part] = checkpoint.load_params(path, {part: abstract.params[part]})[part]
             _say(f"  {part} starts from {path}")
     return state._replace(params=params)
-
-
-def _check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.train.batch // config.train.accumulation
-    if rows % shares:
-        raise ConfigError(
-            f"a microbatch of {rows} rows (train.batch / train.accumulation) cannot be split over"
-            f" {shares} devices (mesh data x fsdp); make it a multiple of {shares}"
-        )
 
 
 def _check_vocabulary(config: RunConfig, tokens: int) -> None:

@@ -70,6 +70,22 @@ def test_work_leaves_padding_out(model):
     assert work == Work(frames=4, tokens=17, scored=2 * 4, attended=78 + 15)
 
 
+def test_full_rows():
+    raw = long.get_config("size=tiny").to_json_best_effort()
+    run = from_mapping(RunConfig, json.loads(raw))
+    data = run.data
+    work = Work.full(data, run.model, 3)
+    S, visual = data.sequence_length, run.model.visual_tokens(data.row_frames)
+    # The same as a batch of rows with one sample and no padding.
+    batch = {
+        "segments": np.zeros((3, S), np.int32),
+        "frame_segments": np.zeros((3, data.row_frames), np.int32),
+        "positions": np.tile(np.arange(S, dtype=np.int32), (3, 1)),
+        "targets": np.tile(np.where(np.arange(S) < visual, -1, 1), (3, 1)),
+    }
+    assert work == Work.of(batch)
+
+
 def test_peaks():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"convert", "generate", "train"}  # modules of storm_jax that nothing imports
+COMMANDS = {"compile", "convert", "generate", "train"}  # modules of storm_jax that nothing imports
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
@@ -15,12 +15,14 @@ MAY_IMPORT = {
     "parallel": {"config", "frames"},
     "models": {"config", "parallel"},
     "data": {"config", "frames"},
-    "flops": {"config", "models"},
+    "chips": set(),
+    "flops": {"chips", "config", "models"},
     "workdir": {"config", "parallel"},
     "metrics": {"workdir"},
     "reporting": {"config", "data", "flops", "metrics", "parallel", "training"},
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training", "workdir"},
+    "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
     "inference": {"config", "parallel", "models", "training", "checkpoint"},
     "interop": {"config", "data", "frames", "models"},
 }

@@ -12,6 +12,17 @@ from storm_jax.parallel.heads import padded_heads
 MAX_PADDING = 0.5
 
 
+def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError where the batch axes do not divide the rows of a microbatch."""
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.train.batch // config.train.accumulation
+    require(
+        rows % shares == 0,
+        f"a microbatch of {rows} rows (train.batch / train.accumulation) cannot be split over"
+        f" {shares} devices (mesh data x fsdp); make it a multiple of {shares}",
+    )
+
+
 def check_divisible(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError where an axis would not be split, or padded by more than `MAX_PADDING`.
 

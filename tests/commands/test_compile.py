@@ -1,0 +1,115 @@
+"""`python -m storm_jax.compile` from outside: reports, exit codes, JSON."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.compilation import QUICK
+
+ROOT = Path(__file__).parents[2]
+TINY = ("--config=configs/debug.py",)
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+def run(*arguments, timeout=600):
+    paths = (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""))
+    environment = os.environ | {"XLA_FLAGS": " ".join(QUICK)}
+    return subprocess.run(
+        [sys.executable, "-m", "storm_jax.compile", *arguments],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_a_step_that_fits(tmp_path):
+    file = tmp_path / "report.json"
+    done = run(*TINY, "--topology=h100:2", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["fits"] and report["devices"] == 2 and report["mesh"]["fsdp"] == 2
+    assert report["memory"]["total"] < report["memory"]["available"]
+    low, high = report["counted"]["speed"]["step_seconds"]
+    assert 0 < low <= high
+    # Recomputation is off: what is compiled is close to the formula.
+    assert 0.8 < report["counted"]["matmul_flops"] / report["model_flops"] < 1.3
+    assert {t["axes"] for t in report["counted"]["traffic"]} == {"fsdp"}
+    for text in ("decoder", "fits", "all-", "binds", "tokens/s", "MFU"):
+        assert text in done.stdout, text
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ((*TINY, "--topology=v9:2x2"), "CHIP one of v4, v5e, v5p, v6e"),
+        ((*TINY, "--topology=h100:2", "--config.mesh.tensor=3"), "devices, but there are 2"),
+        ((*TINY, "--topology=h100:2", "--config.train.batch=3"), "multiple of 2"),
+        pytest.param((*TINY, "--topology=v5p:3x3x3"), "v5p:4x4x4", marks=needs_libtpu),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_says_what_would_help(tmp_path):
+    file = tmp_path / "report.json"
+    large = "--config.train.batch=4194304"
+    done = run(*TINY, "--topology=h100:2", large, f"--json={file}", timeout=3600)
+    assert done.returncode == 1 and "DOES NOT FIT" in done.stdout, done.stderr
+    report = json.loads(file.read_text())
+    best = report["advice"][0]
+    assert best["report"]["memory"]["total"] < report["memory"]["total"]
+    assert best["variant"] in done.stdout
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_a_sweep_ranks_what_fits(tmp_path):
+    file = tmp_path / "sweep.json"
+    arguments = ("--topology=h100:2", "--sweep", "--sweep_limit=2", f"--json={file}")
+    done = run(*TINY, *arguments, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    ranked = json.loads(file.read_text())["sweep"]
+    fitting = [entry["report"] for entry in ranked if entry["report"]]
+    assert len({json.dumps(r["mesh"]) for r in fitting}) == 2
+    assert len({json.dumps(r["remat"]) for r in fitting}) >= 4
+    times = [sum(r["counted"]["speed"]["step_seconds"]) for r in fitting]
+    assert times == sorted(times)
+
+
+# A pod of each generation that the recipes name. `fsdp` divides the ViT's width.
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "topology,overrides",
+    [
+        ("v5p:8x8x8", ("--config.mesh.data=4", "--config.train.batch=512")),
+        ("v5e:16x16", ("--config.mesh.data=2",)),
+        ("v6e:16x16", ("--config.mesh.data=2",)),
+    ],
+)
+def test_long_videos_compile_for_a_pod(topology, overrides, tmp_path):
+    file = tmp_path / "report.json"
+    place = (f"--topology={topology}", *overrides, "--noadvice", f"--json={file}")
+    done = run("--config=configs/long.py", *place, timeout=3600)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    report = json.loads(file.read_text())
+    assert sum(report["parameters"].values()) == pytest.approx(8.21e9, rel=0.01)
+    assert (done.returncode == 0) == report["fits"]
+    if report["fits"]:
+        ratio = report["counted"]["matmul_flops"] / report["model_flops"]
+        assert 0.9 < ratio < 2
+        assert {t["axes"] for t in report["counted"]["traffic"]} >= {"fsdp", "data+fsdp"}
