@@ -1,7 +1,7 @@
-"""Compiles configs/long.py for pods and clusters, and makes the table of docs/compile.md.
+"""Compiles recipes for pods and clusters, and makes the table of docs/compile.md.
 
-Run `python benchmarks/pods.py [TOPOLOGY…]` (default: those of `TOPOLOGIES`), a name that may be
-followed by `*SLICES` and by overrides: "v5p:8x8x8*2 train.batch=512". Reports go to
+Run `python benchmarks/pods.py [CASE…]` (default: `CASES`), a topology that may be followed by
+`*SLICES`, a recipe, and overrides: "v5p:8x8x8*2 long.py:cluster=v5p_512 mesh.data=8". Reports go to
 benchmarks/results/pods/; the table is made of all that lie there and put between the marks of
 docs/compile.md; `--table` makes it alone. Needs libtpu, and JAX's CUDA plug-in for GPUs; no
 accelerator. Some minutes and 6 GiB each.
@@ -19,12 +19,11 @@ ROOT = HERE.parent
 RESULTS = HERE / "results" / "pods"
 PAGE = ROOT / "docs" / "compile.md"
 MARKS = "<!-- table: benchmarks/pods.py -->", "<!-- end of table -->"
-# Widths of the model are multiples of 128: fsdp is no larger. A device has at least one row.
-TOPOLOGIES = (
-    "v5p:8x8x8 mesh.data=4 train.batch=512",
-    "v5e:16x16 mesh.data=2",
-    "v6e:16x16 mesh.data=2",
-    "h200:8x4",
+CASES = (
+    "v5e:16x16 long.py:cluster=v5e_256",
+    "v6e:16x16 long.py:cluster=v6e_256",
+    "v5p:8x8x8 long.py:cluster=v5p_512",
+    "v5p:8x8x8 hour.py:cluster=v5p_512",
 )
 
 
@@ -35,10 +34,10 @@ def file_of(case: str) -> pathlib.Path:
 
 def compile_case(case: str) -> None:
     """Runs `storm_jax.compile`; that a step does not fit is a result too."""
-    place, *overrides = case.split()
+    place, recipe, *overrides = case.split()
     topology, _, slices = place.partition("*")
     command = [
-        *(sys.executable, "-m", "storm_jax.compile", "--config=configs/long.py"),
+        *(sys.executable, "-m", "storm_jax.compile", f"--config=configs/{recipe}", "--noadvice"),
         *(f"--topology={topology}", f"--slices={slices or 1}", f"--json={file_of(case)}"),
         *(f"--config.{override}" for override in overrides),
     ]
@@ -115,4 +114,4 @@ def main(cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main([] if sys.argv[1:] == ["--table"] else sys.argv[1:] or list(TOPOLOGIES))
+    main([] if sys.argv[1:] == ["--table"] else sys.argv[1:] or list(CASES))

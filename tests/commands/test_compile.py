@@ -90,21 +90,17 @@ def test_a_sweep_ranks_what_fits(tmp_path):
     assert times == sorted(times)
 
 
-# A pod of each generation that the recipes name. `fsdp` divides the ViT's width.
+# A pod of each generation that the recipes name.
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "topology,overrides",
-    [
-        ("v5p:8x8x8", ("--config.mesh.data=4", "--config.train.batch=512")),
-        ("v5e:16x16", ("--config.mesh.data=2",)),
-        ("v6e:16x16", ("--config.mesh.data=2",)),
-    ],
+    "topology,cluster",
+    [("v5p:8x8x8", "v5p_512"), ("v5e:16x16", "v5e_256"), ("v6e:16x16", "v6e_256")],
 )
-def test_long_videos_compile_for_a_pod(topology, overrides, tmp_path):
+def test_long_videos_compile_for_a_pod(topology, cluster, tmp_path):
     file = tmp_path / "report.json"
-    place = (f"--topology={topology}", *overrides, "--noadvice", f"--json={file}")
-    done = run("--config=configs/long.py", *place, timeout=3600)
+    place = (f"--topology={topology}", "--noadvice", f"--json={file}")
+    done = run(f"--config=configs/long.py:cluster={cluster}", *place, timeout=3600)
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     report = json.loads(file.read_text())
     assert sum(report["parameters"].values()) == pytest.approx(8.21e9, rel=0.01)
