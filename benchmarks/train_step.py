@@ -87,12 +87,10 @@ def measure(config, text: int, steps: int, profile: str) -> dict:
     work = Work.of(batch)
     flops = training_flops(config.model, work, parts)
 
-    def placed(x):
-        layout = sharding.named(("batch", *[None] * (x.ndim - 1)), x.shape, mesh)
-        return jax.device_put(x, layout)
-
     state = init_state(model, optimizer, parts, mesh, seed=0)
-    arrays = {name: placed(x) for name, x in batch.items()}
+    arrays = {
+        name: jax.device_put(x, sharding.of_batch(name, x.shape, mesh)) for name, x in batch.items()
+    }
     train_step = jax.jit(make_train_step(model, optimizer, config.train), donate_argnums=0)
     with jax.set_mesh(mesh):
         began = time.perf_counter()
