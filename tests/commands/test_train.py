@@ -155,7 +155,7 @@ def test_later_stage_starts_from_parts_of_an_earlier_one(trained, videos, tmp_pa
         ("--config.train.steps=many", "train.steps"),
         (
             "--config.mesh.fsdp=3",
-            "mesh data=1 x fsdp=3 x tensor=1 needs 3 devices, but there are 1",
+            "mesh data=1 x fsdp=3 x seq=1 x tensor=1 needs 3 devices, but there are 1",
         ),
         ("--config.data.train[0].path=nowhere.jsonl", "nowhere.jsonl"),
         (

@@ -10,7 +10,7 @@ from flax import nnx
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from storm_jax.config import ConfigError, Remat, VitConfig
-from storm_jax.models.vit import Vit, normalise, resize_positions
+from storm_jax.models.vit import Vit, VitBlock, normalise, resize_positions
 from tests.compilation import FUSED
 from tests.models.references import pixels, randomise, vit_params, with_params
 
@@ -211,3 +211,27 @@ def test_bad_values_name_the_field():
         config(28, output_layer=-3)
     with pytest.raises(ConfigError, match=r"vit\.image_size=5 is smaller than one patch \(7\)"):
         config(5)
+
+
+def test_folded_layer_is_the_published_one(siglip):
+    """Values and gradients, every parameter random: in float32, where both ways can be taken."""
+    vit_config = config(28)
+    params = jax.tree.map(lambda x: x[0], params_of(siglip, vit_config)["blocks"]["layers"])
+    x = np.random.default_rng(3).normal(size=(2, 16, WIDTH)).astype(np.float32)
+    weights = np.random.default_rng(4).normal(size=x.shape).astype(np.float32)
+
+    def run(name):
+        def loss(params, x):
+            block = with_params(lambda: VitBlock(vit_config, nnx.Rngs(0)), params)
+            out = getattr(block, name)(x)
+            return jnp.sum(out * weights), out
+
+        step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=FUSED)
+        (_, out), grads = step(params, x)
+        return out, grads
+
+    def close(ours, theirs):
+        atol = 1e-5 * max(np.abs(theirs).max(), 1.0)
+        np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
+
+    jax.tree.map(close, run("folded"), run("as_published"))
