@@ -216,7 +216,8 @@ def check_export(path: str, folder: Path, limit: float) -> list[check.StageError
     """
     dtype = torch_export.weights_dtype(folder)
     run = checkpoint.read_config(path)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    # One device, as in PyTorch: on several, each would note its share of the frames, padded.
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     abstract = abstract_params(StormModel(run.model), mesh, jnp.dtype("float32"))
     params = checkpoint.load_params(path, abstract)
     params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
