@@ -46,10 +46,24 @@ def fused_for(q_BSHC: jax.Array, pattern: Pattern) -> Kernel | None:
     if platform == "tpu":
         return splash_attention
     head_dim = q_BSHC.shape[-1]
-    fits = head_dim % 8 == 0 and head_dim <= 256 and not pattern.softcap
-    if platform == "gpu" and fits and q_BSHC.dtype in (jnp.bfloat16, jnp.float16):
+    fits = head_dim % 8 == 0 and not pattern.softcap
+    fits &= q_BSHC.dtype in (jnp.bfloat16, jnp.float16)
+    if platform == "gpu" and fits and head_dim <= _largest_head_of_cudnn():
         return cudnn_attention
     return None
+
+
+def _largest_head_of_cudnn() -> int:
+    """Channels of a head that cuDNN serves on the GPUs of this process.
+
+    0 without one, as when a step is compiled ahead for GPUs on a machine that has none: JAX asks
+    the library for its version while it traces.
+    """
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return 0
+    return 256 if float(device.compute_capability) >= 9 else 128
 
 
 # --------------------------------------------------------------------------------------- NVIDIA GPU
