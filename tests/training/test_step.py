@@ -109,7 +109,7 @@ def test_accumulation_gives_the_loss_of_the_whole_batch():
     assert_same(split, whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ("dots", "names", "full"))
+@pytest.mark.parametrize("remat", ("dots", "names", "full", "offload"))
 def test_remat_changes_nothing(one_device, remat):
     changes = {f"train.remat.{part}.policy": remat for part in ("vit", "temporal", "decoder")}
     changes |= {f"train.remat.{part}.saved": SAVED_NAMES for part in ("vit", "temporal", "decoder")}
