@@ -10,13 +10,13 @@ runs on one thread and is pinned to one core. Results go to benchmarks/results/d
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 
 import av
+import machine
 import numpy as np
 
 from storm_jax.data.synthetic import make_clip, write_video
@@ -96,17 +96,7 @@ def main() -> None:
         "seconds": seconds,
         "repeats": n,
         "video": vars(probe(args.video)),
-        "machine": {
-            "cpu": _cpu(),
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg(),
-            "system": platform.platform(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "av": av.__version__,
-            "ffmpeg": {k: ".".join(map(str, v)) for k, v in av.library_versions.items()},
-        },
+        **machine.describe(),
     }
     os.makedirs(os.path.dirname(RESULTS), exist_ok=True)
     with open(RESULTS, "w", encoding="utf-8") as file:
@@ -116,15 +106,6 @@ def main() -> None:
         spread = f"{t['quartile_1']:.4f} .. {t['quartile_3']:.4f}"
         print(f"{name:32s} {t['median']:.4f} s ({spread}), processor time {t['cpu']:.4f} s")
     print(RESULTS)
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ of workers the data pipeline then loads rows of 128 frames at 448 pixels, and th
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -29,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
+import machine
 import numpy as np
 
 from configs import long
@@ -196,27 +196,11 @@ def main() -> None:
             "step_ms": args.step_ms,
             "frames_needed_per_second": needed,
             "row": {"frames": 128, "pixels": 448, "batches": args.batches},
-            "machine": {
-                "cpu": _cpu(),
-                "cores": os.cpu_count(),
-                "load_average": os.getloadavg(),
-                "system": platform.platform(),
-            },
-            "versions": {
-                "python": platform.python_version(),
-                "av": av.__version__,
-                "numpy": np.__version__,
-                "ffmpeg": {k: ".".join(map(str, v)) for k, v in av.library_versions.items()},
-            },
+            "numpy": np.__version__,
+            **machine.describe(),
         }
         RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
         print(RESULTS)
-
-
-def _cpu() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

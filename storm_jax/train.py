@@ -299,7 +299,7 @@ def main(argv: list[str]) -> None:
     except (*MISTAKES, TrainingFailed, memory.OutOfMemory) as error:
         print(f"error: {error}", file=sys.stderr)
         processes.leave(exits.MISTAKE)
-    except Exception:
+    except Exception:  # shown whole; Python's own way out would wait for the other processes
         traceback.print_exc()
         processes.leave(exits.MISTAKE)
 

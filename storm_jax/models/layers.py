@@ -117,13 +117,13 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _add_bias_fwd(y, bias):
-    return add_bias(y, bias), (jnp.zeros((), y.dtype), bias.ndim)
+    return add_bias(y, bias), (jnp.zeros((), y.dtype), bias)
 
 
 def _add_bias_bwd(residuals, gradient):
-    like, axes = residuals
+    like, bias = residuals
     dy = jax.lax.optimization_barrier(gradient.astype(like.dtype))
-    summed = tuple(range(dy.ndim - axes))
+    summed = tuple(range(dy.ndim - bias.ndim))
     return dy, jnp.sum(dy, axis=summed, dtype=jnp.float32)
 
 

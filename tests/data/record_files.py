@@ -1,7 +1,9 @@
 """Small data sets for tests: JSONL beside videos and images."""
 
 import fractions
+import io
 import json
+import tarfile
 
 import av
 import numpy as np
@@ -57,3 +59,13 @@ def make_set(folder, name, videos=12):
         records.append(record(f"{name}-i{i}", images, f"same {i}?", "no"))
         records.append(record(f"{name}-t{i}", [], f"hello {i}", "hi"))
     return write_records(folder / f"{name}.jsonl", records)
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as out:
+        for name, data in members.items():
+            data = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    return path

@@ -1,7 +1,6 @@
 """Every format of a data set against the JSONL file that it was made of."""
 
 import dataclasses
-import io
 import json
 import pickle
 import shutil
@@ -19,7 +18,7 @@ from storm_jax.data.formats import tar
 from storm_jax.data.open_records import expand, open_records
 from storm_jax.data.records import Media, RecordError
 from tests.data.media_files import write
-from tests.data.record_files import make_set, record, write_records
+from tests.data.record_files import make_set, record, write_records, write_tar
 from tests.data.small_model import small_model
 
 MODEL = small_model(image_size=32, patch_size=16)
@@ -249,7 +248,7 @@ def test_planning_reads_no_media_of_parquet(made):
         assert "bytes" not in str(table.schema)
 
 
-def test_index_of_a_tar_is_kept_and_follows_the_tar(plain, tmp_path, monkeypatch):
+def test_index_of_a_tar_is_kept_and_follows_thewrite_tar(plain, tmp_path, monkeypatch):
     scanned = []
     real = tar._scan
     monkeypatch.setattr(tar, "_scan", lambda file: scanned.append(file) or real(file))
@@ -266,7 +265,7 @@ def test_index_of_a_tar_is_kept_and_follows_the_tar(plain, tmp_path, monkeypatch
     (folder / "a-00000.tar.index.npz").write_bytes(b"damaged")
     open_records(source)
     assert len(scanned) == 2
-    _tar(folder / "a-00000.tar", {"x.json": json.dumps(record("x", [], "?"))})
+    write_tar(folder / "a-00000.tar", {"x.json": json.dumps(record("x", [], "?"))})
     (part,) = open_records(source)
     assert len(part.records) == 1 and part.records[0].id == "x" and len(scanned) == 3
     # where the folder cannot be written (permissions do not stop root)
@@ -275,91 +274,6 @@ def test_index_of_a_tar_is_kept_and_follows_the_tar(plain, tmp_path, monkeypatch
     for _ in range(2):
         open_records(source)
     assert len(scanned) == 4
-
-
-# ------------------------------------------------------------------------------- webdataset's forms
-
-
-def _tar(path, members):
-    with tarfile.open(path, "w") as out:
-        for name, data in members.items():
-            data = data.encode() if isinstance(data, str) else data
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            out.addfile(info, io.BytesIO(data))
-    return path
-
-
-def test_samples_of_webdatasets(tmp_path):
-    """Media by name, by the last part of it, by their sample alone; members in any order."""
-
-    def said(question, **more):
-        turns = record("", [], question)["conversations"]
-        return json.dumps({"conversations": turns, **more})
-
-    path = _tar(
-        tmp_path / "w.tar",
-        {
-            "d/0.mp4": b"zero",
-            "d/1.jpg": b"one",
-            "d/0.json": said("<image>?"),
-            "d/1.json": said("<image>?", image="photos/1.jpg", id="one"),
-            "d/2.json": said("<image>?", video="d/0.mp4"),
-            "d/3.json": said("<image> <video>?"),
-            "d/3.a.jpg": b"three",
-            "d/3.b.webm": b"four",
-            "d/4.json": said("<video>?", video="elsewhere/z.avi"),
-            "d/5.json": said("<video>?", video="source/name.mp4"),
-            "d/5.mp4": b"five",
-            "d/._5.mp4": b"what macOS adds",
-            "README": b"no sample",
-        },
-    )
-    (part,) = open_records(SourceConfig(str(path), "/root"))
-    found = []
-    for number in range(len(part.records)):
-        its = part.records[number]
-        media = [part.records.opened(m) for m in its.media]
-        shown = [(m.kind, m.data.read() if m.data else m.path) for m in media]
-        found.append((its.id, shown))
-    assert found == [
-        ("d/0", [("video", b"zero")]),
-        ("one", [("image", b"one")]),
-        ("d/2", [("video", b"zero")]),
-        ("d/3", [("image", b"three"), ("video", b"four")]),
-        ("d/4", [("video", "/root/elsewhere/z.avi")]),
-        ("d/5", [("video", b"five")]),
-    ]
-
-
-def test_chat_messages_in_parquet(tmp_path):
-    """Contents deep inside a column, a column of bytes alone, and a list of them."""
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    def chat(data, path):
-        parts = [
-            {"type": "image", "text": None, "image": {"bytes": data, "path": path}},
-            {"type": "text", "text": "What?", "image": None},
-        ]
-        answer = [{"type": "text", "text": "A cat.", "image": None}]
-        return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
-
-    def opened(table):
-        path = str(tmp_path / "x.parquet")
-        parquet.write_table(table, path)
-        (part,) = open_records(SourceConfig(path, "/root"))
-        media = [[part.records.opened(m) for m in part.records[i].media] for i in range(2)]
-        return [[m.data or m.path for m in its] for its in media]
-
-    table = pyarrow.table({"messages": [chat(b"one", "1.jpg"), chat(None, "2.jpg")]})
-    assert opened(table) == [[b"one"], ["/root/2.jpg"]]
-    turns = record("", [], "<video> <image> <image>?")["conversations"]
-    told = [turns, record("", [], "<image>?")["conversations"]]
-    table = pyarrow.table(
-        {"conversations": told, "video": [b"v", None], "images": [[b"a", b"b"], [b"c"]]}
-    )
-    assert opened(table) == [[b"v", b"a", b"b"], [b"c"]]
 
 
 # ------------------------------------------------------------------------------------- the mixture
@@ -505,7 +419,7 @@ def test_bad_records_of_array_record(plain, tmp_path, capsys):
 
 def test_bad_records_of_tars(tmp_path, capsys):
     said = json.dumps(record("", [], "<video>?"))
-    path = _tar(
+    path = write_tar(
         tmp_path / "x.tar",
         {
             "0.json": json.dumps(record("good", [], "?")),
@@ -527,7 +441,7 @@ def test_bad_records_of_tars(tmp_path, capsys):
         f"{path}: record 5 (id 5): 1 placeholders but 0 media",
     ):
         assert expected in out
-    _tar(tmp_path / "y.tar", {"0.mp4": b"x"})
+    write_tar(tmp_path / "y.tar", {"0.mp4": b"x"})
     with pytest.raises(RecordError, match="y.tar: none of its 1 members is a record: .*KEY.json"):
         open_records(SourceConfig(str(tmp_path / "y.tar")))
     with tarfile.open(tmp_path / "z.tar.gz", "w:gz") as out:
