@@ -88,7 +88,11 @@ def test_loss_is_the_mean_over_answer_tokens(one_device):
 
 @pytest.mark.parametrize(
     "axes",
-    [(2, 2, 2), (1, 8, 1), pytest.param((8, 1, 1), marks=[pytest.mark.slow, pytest.mark.exhaustive])],
+    [
+        (2, 2, 2),
+        (1, 8, 1),
+        pytest.param((8, 1, 1), marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    ],
 )
 def test_meshes_give_the_loss_of_one_device(one_device, axes):
     assert_same(run({}, MeshConfig(*axes), devices=8), one_device, rtol=1e-5)
