@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tempfile
 
-from tests.compilation import QUICK
+from tests.compilation import QUICK, SHARED
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -17,9 +17,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 # one another for good.
 os.environ.setdefault("NPROC", "32")
 # What one test compiles, the others find: other workers, and the processes that tests start.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+if SHARED not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="storm_jax_tests_")  # goes when this process ends
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ[SHARED] = COMPILED.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402

@@ -22,7 +22,7 @@ from storm_jax.data.text import load_tokenizer
 from storm_jax.parallel import processes
 from storm_jax.training import exits
 from tests.commands.kill_repeatedly import losses, whole
-from tests.compilation import QUICK
+from tests.compilation import QUICK, without_shared_cache
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ class Run:
                 ],
                 cwd=ROOT,
                 env={
-                    **os.environ,
+                    **without_shared_cache(),
                     "XLA_FLAGS": " ".join(QUICK),
                     "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
                 },

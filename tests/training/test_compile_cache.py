@@ -1,11 +1,10 @@
 """Compiled programs are found again by a second process."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from storm_jax.training import compile_cache
+from tests.compilation import without_shared_cache
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -22,11 +21,9 @@ print(events.count("/jax/compilation_cache/cache_hits"))
 
 
 def hits(folder: Path, **variables: str) -> int:
-    # (The tests have a folder of their own.)
-    inherited = {k: v for k, v in os.environ.items() if k != compile_cache.VARIABLE}
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(folder)],
-        env={**inherited, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **variables},
+        env={**without_shared_cache(), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **variables},
         capture_output=True,
         text=True,
     )
