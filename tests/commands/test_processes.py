@@ -44,6 +44,9 @@ class Run:
             "train.eval_samples": 0,
             "train.checkpoint.every": EVERY,
             "train.log_records": True,
+            # All compile at a time: on CPUs process 0 alone finds what it compiled before, and
+            # waits no longer than 30 s for the others.
+            "train.compile_cache": False,
         }
         self.workdir, self.log = workdir, workdir.with_name(f"{workdir.name}.log")
         with self.log.open("w") as out:
