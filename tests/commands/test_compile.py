@@ -90,8 +90,8 @@ def test_a_sweep_ranks_what_fits(tmp_path):
     assert times == sorted(times)
 
 
-# A pod of each generation that the recipes name. With the least effort libtpu takes a third of the
-# time; memory comes out within 2 % of what it is otherwise, and products are the same.
+# A pod of each generation that the recipes name. With the least effort libtpu takes less than half
+# of the time; memory comes out within 7 % of what it is otherwise, and products are the same.
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
