@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compilation import QUICK
+from tests.compilation import QUICK, without_shared_cache
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--config=configs/debug.py",)
@@ -20,7 +20,7 @@ needs_libtpu = pytest.mark.skipif(
 
 def run(*arguments, timeout=600, **variables):
     paths = (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""))
-    environment = os.environ | {"XLA_FLAGS": " ".join(QUICK)}
+    environment = without_shared_cache() | {"XLA_FLAGS": " ".join(QUICK)}
     return subprocess.run(
         [sys.executable, "-m", "storm_jax.compile", *arguments],
         cwd=ROOT,
