@@ -77,6 +77,16 @@ class Prompt:
     frame_groups: np.ndarray
 
 
+@dataclass(frozen=True)
+class Visual:
+    """One medium, encoded; stays on the device."""
+
+    tokens: jax.Array  # [V', D], V' >= count (padded to a bucket)
+    count: int  # visual tokens that are real
+    frames: int
+    mixed: int  # tokens before reduction and pruning
+
+
 class Prefill:
     """Encodes frames and fills the cache; compiled once for each number of frames and length."""
 

@@ -67,7 +67,7 @@ class Storm(nnx.Module):
         Args:
           frames_BFHWC: as `encode`.
           frame_segments_BF: int32, negative where a frame is padding.
-          state: from the frames before, or `TemporalEncoder.empty_state`; None without a temporal
+          state: from the frames before, or `temporal.empty_state`; None without a temporal
             encoder.
 
         Returns:

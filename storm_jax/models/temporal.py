@@ -36,6 +36,31 @@ class TemporalState(NamedTuple):
     scan: jax.Array  # [B, E, G] float32
 
 
+def empty_state(config: TemporalConfig, width: int, rows: int, dtype: jnp.dtype) -> TemporalState:
+    """The state before the first frame of `rows` videos.
+
+    Args:
+      config: of the encoder.
+      width: of its tokens.
+      dtype: of its activations.
+
+    Raises:
+      ConfigError: the encoder also runs backward in time.
+    """
+    if config.direction != "forward":
+        raise ConfigError(
+            f"temporal.direction={config.direction!r} sees all frames before it says something"
+            ' about the first: a stream needs a checkpoint trained with "forward"'
+        )
+    E = config.expand * width
+    conv = jnp.zeros((config.layers, rows, config.conv - 1, E), dtype)
+    scan = jnp.zeros((config.layers, rows, E, config.state), jnp.float32)
+    return TemporalState(
+        sharding.shard(conv, "layers", "batch", None, "inner"),
+        sharding.shard(scan, "layers", "batch", "inner", None),
+    )
+
+
 class Direction(nnx.Module):
     """Convolution and selective scan in one direction, over E inner channels with G states each."""
 
@@ -200,6 +225,7 @@ class MambaLayer(nnx.Module):
             u, z = jnp.swapaxes(checkpoint_name(projected, "mamba"), 1, 2)
         y, state = self.forward(u, segments_BL, layout, state)
         if self.backward is not None:
+            assert state is None, "`empty_state` gives none to such an encoder"
             y = y + self.backward(u, segments_BL, layout)[0]
         y = y * jax.nn.silu(z)
         if layout == "bld":
@@ -211,8 +237,6 @@ class TemporalEncoder(nnx.Module):
     """Mixes tokens row by row within a frame and frame by frame, never across videos."""
 
     def __init__(self, config: TemporalConfig, width: int, rngs: nnx.Rngs):
-        self.config = config
-        self.inner = config.expand * width
         self.blocks = Stack(lambda r: MambaLayer(config, width, r), config.layers, rngs=rngs)
 
     def __call__(
@@ -236,25 +260,6 @@ class TemporalEncoder(nnx.Module):
         x_BLD = sharding.reshape(x_BFND, B, F * N, D)
         x_BLD, _ = self.blocks.scan(body, x_BLD, remat=remat)
         return sharding.reshape(x_BLD, B, F, N, D)
-
-    def empty_state(self, rows: int, dtype: jnp.dtype) -> TemporalState:
-        """The state before the first frame of `rows` videos, for activations in `dtype`.
-
-        Raises:
-          ConfigError: the encoder also runs backward in time.
-        """
-        config, E = self.config, self.inner
-        if config.direction != "forward":
-            raise ConfigError(
-                f"temporal.direction={config.direction!r} sees all frames before it says something"
-                ' about the first: a stream needs a checkpoint trained with "forward"'
-            )
-        conv = jnp.zeros((config.layers, rows, config.conv - 1, E), dtype)
-        scan = jnp.zeros((config.layers, rows, E, config.state), jnp.float32)
-        return TemporalState(
-            sharding.shard(conv, "layers", "batch", None, "inner"),
-            sharding.shard(scan, "layers", "batch", "inner", None),
-        )
 
     def carry(
         self, x_BFND: jax.Array, frame_segments_BF: jax.Array, state: TemporalState

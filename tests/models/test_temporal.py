@@ -10,7 +10,7 @@ from flax import nnx
 from transformers import MambaConfig
 
 from storm_jax.config import ConfigError, MeshConfig, Remat, TemporalConfig
-from storm_jax.models.temporal import TemporalEncoder
+from storm_jax.models.temporal import TemporalEncoder, empty_state
 from storm_jax.parallel.mesh import make_mesh
 from tests.compilation import FUSED
 from tests.models.references import temporal_encoder, temporal_params, with_params
@@ -263,18 +263,13 @@ def carry(temporal, params, x, segments, state):
     return module.carry(x, segments, state)
 
 
-def empty_state(temporal, params, rows):
-    module = with_params(lambda: TemporalEncoder(temporal, WIDTH, nnx.Rngs(0)), params)
-    return module.empty_state(rows, jnp.float32)
-
-
 def in_chunks(temporal, params, x, rng, size=5):
     """[B, F, N, D] through chunks of `size` frames, of which a random number are real.
 
     Real frames and padding, which holds NaNs, stand in random order; rows are cut differently.
     """
     B, F = x.shape[:2]
-    state = empty_state(temporal, params, B)
+    state = empty_state(temporal, WIDTH, B, jnp.float32)
     out, done = np.full_like(x, np.nan), np.zeros(B, int)
     while (done < F).any():
         real = np.zeros((B, size), bool)
@@ -325,7 +320,11 @@ def test_chunks_with_carried_state_are_the_whole_sequence(conv, layout, monkeypa
 def test_padding_alone_leaves_the_state_as_it_is():
     temporal, params = config("forward", 2), random_params("forward", 2)
     _, state = carry(
-        temporal, params, tokens(2, 5), np.zeros((2, 5), np.int32), empty_state(temporal, params, 2)
+        temporal,
+        params,
+        tokens(2, 5),
+        np.zeros((2, 5), np.int32),
+        empty_state(temporal, WIDTH, 2, jnp.float32),
     )
     nothing = np.full((2, 5, TOKENS, WIDTH), np.nan, np.float32)
     _, after = carry(temporal, params, nothing, np.full((2, 5), -1, np.int32), state)
@@ -343,6 +342,5 @@ def test_carried_state_over_a_mesh():
 
 
 def test_both_directions_cannot_be_carried():
-    temporal, params = config("bidirectional"), random_params("bidirectional")
     with pytest.raises(ConfigError, match=r"direction='bidirectional'.*\"forward\""):
-        empty_state(temporal, params, 1)
+        empty_state(config("bidirectional"), WIDTH, 1, jnp.float32)
