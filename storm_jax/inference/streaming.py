@@ -197,7 +197,10 @@ class Stream:
     def _advance(self, params, state: _State, frames_FHWC, plan: _Plan):
         storm = self._loaded.model.bind(params)
         groups_BF = jnp.asarray(plan.groups_F)[None]
-        x_BFND, temporal = storm.mix_next(frames_FHWC[None], groups_BF, state.temporal)
+        x_BFND, temporal = storm.features(frames_FHWC[None]), state.temporal
+        if temporal is not None:
+            with jax.named_scope("temporal"):
+                x_BFND, temporal = storm.temporal.carry(x_BFND, groups_BF, temporal)
         with jax.named_scope("reduction"):
             most = plan.slots_M.shape[0]
             pool = self._config.reduction.spatial_pool

@@ -12,7 +12,7 @@ from storm_jax.config import VISUAL, ModelConfig, RematConfig
 from storm_jax.models.decoder import Decoder
 from storm_jax.models.projector import Projector
 from storm_jax.models.reduction import reduce_into, reduce_tokens
-from storm_jax.models.temporal import TemporalEncoder, TemporalState
+from storm_jax.models.temporal import TemporalEncoder
 from storm_jax.models.vit import Vit
 from storm_jax.parallel import sharding
 from storm_jax.parallel.frames import spread
@@ -50,41 +50,24 @@ class Storm(nnx.Module):
 
         Args: as `encode`.
         """
-        x_BFND = self._project(frames_BFHWC, remat)
-        if self.temporal is not None:
-            with jax.named_scope("temporal"):
-                x_BFND = self.temporal(x_BFND, frame_segments_BF, remat.temporal)
-        return x_BFND
+        return self.mixed(self.features(frames_BFHWC, remat), frame_segments_BF, remat)
 
-    def mix_next(
-        self,
-        frames_BFHWC: jax.Array,
-        frame_segments_BF: jax.Array,
-        state: TemporalState | None,
-    ) -> tuple[jax.Array, TemporalState | None]:
-        """`mix` for the next frames of videos, one video a row, whose other frames came before.
-
-        Args:
-          frames_BFHWC: as `encode`.
-          frame_segments_BF: int32, negative where a frame is padding.
-          state: from the frames before, or `temporal.empty_state`; None without a temporal
-            encoder.
-
-        Returns:
-          [B, F, N, D], and the state behind the last frame.
-        """
-        x_BFND = self._project(frames_BFHWC, _KEEP_ALL)
-        if self.temporal is not None and state is not None:
-            with jax.named_scope("temporal"):
-                x_BFND, state = self.temporal.carry(x_BFND, frame_segments_BF, state)
-        return x_BFND, state
-
-    def _project(self, frames_BFHWC: jax.Array, remat: RematConfig) -> jax.Array:
+    def features(self, frames_BFHWC: jax.Array, remat: RematConfig = _KEEP_ALL) -> jax.Array:
+        """Tokens of every frame alone, behind the projector, [B, F, N, D]."""
         frames, collected = spread(frames_BFHWC)
         with jax.named_scope("vit"):
             x_BFND = self.vit(frames, self.dtype, remat.vit, remat.vit_calls, remat.vit_unrolled)
         with jax.named_scope("projector"):
             return collected(self.projector(x_BFND))
+
+    def mixed(
+        self, x_BFND: jax.Array, frame_segments_BF: jax.Array, remat: RematConfig = _KEEP_ALL
+    ) -> jax.Array:
+        """`features` behind the temporal encoder."""
+        if self.temporal is None:
+            return x_BFND
+        with jax.named_scope("temporal"):
+            return self.temporal(x_BFND, frame_segments_BF, remat.temporal)
 
     def encode(
         self,

@@ -106,12 +106,12 @@ class Direction(nnx.Module):
         if state is None:
             axis_name = sharding.split_axis("length", segments_BL.shape[1])
         # Axes of the states, where there are any.
-        before = [] if state is None else [("batch", None, "inner")]
-        after = [] if state is None else [("batch", "inner", None)]
+        before = () if state is None else (("batch", None, "inner"),)
+        after = () if state is None else (("batch", "inner", None),)
         conv = sharding.per_device(
             functools.partial(self._conv, layout, axis_name),
             (inner, row, (None, "inner"), ("inner",), *before),
-            [inner, *before],
+            (inner, *before),
         )
         x, *conv_state = conv(
             x, segments_BL, self.conv_weight[...], self.conv_bias[...], *(state or ())[:1]
@@ -127,7 +127,7 @@ class Direction(nnx.Module):
         scan = sharding.per_device(
             functools.partial(self._scan, layout, axis_name),
             (inner, inner, ("inner", None), shared, shared, ("inner",), ("inner",), row, *after),
-            [inner, *after],
+            (inner, *after),
         )
         A = -jnp.exp(self.A_log[...])
         bias = self.dt_bias[...]

@@ -135,13 +135,13 @@ def stretches(x: jax.Array) -> jax.Array:
     return reshape(x, B, n, S // n, *x.shape[2:])
 
 
-def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes | list[Axes]):
+def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes | tuple[Axes, ...]):
     """`f` on each device's part of its arguments, through `jax.shard_map`.
 
     Args:
-      f: a function of arrays with one array, or a tuple of arrays, as result; it sees local shapes.
-      in_axes, out_axes: logical axes of the arguments and of the result, or a list of those of each
-        result; sharded axes have the sizes of the arguments' axes of the same name.
+      f: a function of arrays with one array, or a tuple of them, as result; it sees local shapes.
+      in_axes, out_axes: logical axes of the arguments and of the result (a tuple of them for a
+        tuple), whose sharded axes have the sizes of the arguments' axes of the same name.
     """
 
     def call(*args):
@@ -153,12 +153,12 @@ def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes | list[Axes]):
         for axes, partition in zip(in_axes, in_specs, strict=True):
             split.update({a: p for a, p in zip(axes, partition, strict=True) if a})
 
-        def placed(axes: Axes) -> PartitionSpec:
+        def spec_of(axes):
             return PartitionSpec(*(split.get(axis) if axis else None for axis in axes))
 
-        several = isinstance(out_axes, list)
-        out_spec = tuple(placed(axes) for axes in out_axes) if several else placed(out_axes)
+        several = isinstance(out_axes[0], tuple)
+        out_specs = tuple(map(spec_of, out_axes)) if several else spec_of(out_axes)
         args = [jax.reshard(x, s) for x, s in zip(args, in_specs, strict=True)]
-        return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_spec)(*args)
+        return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*args)
 
     return call
