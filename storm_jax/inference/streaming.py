@@ -198,7 +198,7 @@ class Stream:
         storm = self._loaded.model.bind(params)
         groups_BF = jnp.asarray(plan.groups_F)[None]
         x_BFND, temporal = storm.features(frames_FHWC[None]), state.temporal
-        if temporal is not None:
+        if storm.temporal is not None and temporal is not None:
             with jax.named_scope("temporal"):
                 x_BFND, temporal = storm.temporal.carry(x_BFND, groups_BF, temporal)
         with jax.named_scope("reduction"):
