@@ -116,6 +116,15 @@ class Stream:
             if self._count == self.batch:
                 self._run()
 
+    def warm_up(self) -> None:
+        """Compiles the program that takes frames, by running it on none; waits for it."""
+        most = self._most_groups()
+        slots, counts = np.full(most, self.capacity, np.int32), np.ones(most, np.int32)
+        nothing = _Plan(np.full(self.batch, -1, np.int32), slots, counts, 0, True)
+        self._send(np.zeros_like(self._waiting), nothing)
+        self.visual()
+        self.wait()
+
     def visual(self) -> Visual:
         """What the decoder is shown of all frames so far; `tokens` has room for the whole budget.
 
@@ -162,12 +171,19 @@ class Stream:
         """Sends the waiting frames through the model, padded to a batch."""
         plan = self._plan(self.frames - self._count, self._count)
         # A copy, since the next frames are written while these are read.
-        frames = self._waiting.copy()
+        self._send(self._waiting.copy(), plan)
+        self._count = 0
+
+    def _send(self, frames: np.ndarray, plan: _Plan) -> None:
         if self._finished is not None:
             jax.block_until_ready(self._finished)  # never more than two batches on the device
         with jax.set_mesh(self._loaded.mesh):
             self._state, self._finished = self._step(self._loaded.params, self._state, frames, plan)
-        self._count = 0
+
+    def _most_groups(self) -> int:
+        """Groups that a batch can touch."""
+        pool = self._config.reduction.temporal_pool
+        return (self.batch + pool - 2) // pool + 1
 
     def _plan(self, first: int, count: int) -> _Plan:
         """Of `count` frames, of which `first` is the first one's number in the stream."""
@@ -179,7 +195,7 @@ class Stream:
         start = first // pool
         groups = np.full(self.batch, -1, np.int32)
         groups[:count] = numbers - start
-        most = (self.batch + pool - 2) // pool + 1  # groups that a batch can touch
+        most = self._most_groups()
         slots = np.full(most, self.capacity, np.int32)
         counts = np.ones(most, np.int32)
         touched = range(start, int(numbers[-1]) + 1)

@@ -201,6 +201,18 @@ def test_one_program_and_a_fixed_number_of_arrays():
     assert stream._step._cache_size() == 1 and stream._gather._cache_size() == 1
 
 
+def test_warming_up_changes_nothing():
+    model, frames = loaded(**POOLED), video(13)
+    stream = Stream(model, budget=3, batch=4)
+    stream.warm_up()
+    stream.push(frames[:6])
+    stream.visual()
+    stream.warm_up()  # in mid-group
+    stream.push(frames[6:])
+    assert_same(stream, Offline(model, 13)(frames))
+    assert stream._step._cache_size() == 1 and stream._gather._cache_size() == 1
+
+
 def test_refusals():
     with pytest.raises(ConfigError, match="direction='bidirectional'"):
         Stream(loaded(temporal={"direction": "bidirectional"}), budget=40)
