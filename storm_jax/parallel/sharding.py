@@ -135,13 +135,13 @@ def stretches(x: jax.Array) -> jax.Array:
     return reshape(x, B, n, S // n, *x.shape[2:])
 
 
-def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes):
+def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes | tuple[Axes, ...]):
     """`f` on each device's part of its arguments, through `jax.shard_map`.
 
     Args:
-      f: a function of arrays with one array as result; it sees local shapes.
-      in_axes, out_axes: logical axes of the arguments and of the result, whose sharded axes have
-        the sizes of the arguments' axes of the same name.
+      f: a function of arrays with one array, or a tuple of them, as result; it sees local shapes.
+      in_axes, out_axes: logical axes of the arguments and of the result (a tuple of them for a
+        tuple), whose sharded axes have the sizes of the arguments' axes of the same name.
     """
 
     def call(*args):
@@ -152,8 +152,13 @@ def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes):
         split = {}
         for axes, partition in zip(in_axes, in_specs, strict=True):
             split.update({a: p for a, p in zip(axes, partition, strict=True) if a})
-        out_spec = PartitionSpec(*(split.get(axis) if axis else None for axis in out_axes))
+
+        def spec_of(axes):
+            return PartitionSpec(*(split.get(axis) if axis else None for axis in axes))
+
+        several = isinstance(out_axes[0], tuple)
+        out_specs = tuple(map(spec_of, out_axes)) if several else spec_of(out_axes)
         args = [jax.reshard(x, s) for x, s in zip(args, in_specs, strict=True)]
-        return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_spec)(*args)
+        return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*args)
 
     return call
