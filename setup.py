@@ -33,6 +33,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.4",
         "pyyaml>=6.0",
+        "qwix>=0.1.8",  # weights in eight bits
         "safetensors>=0.6",  # bfloat16 as NumPy arrays
         "tensorboardX>=2.6",
         "tqdm>=4.66",

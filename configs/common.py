@@ -182,7 +182,6 @@ def run(name: str, size: str) -> ConfigDict:
         # `saved`: what the policies "names" and "offload" keep.
         c.train.remat[part] = ConfigDict(dict(policy="none" if tiny else "full", saved=()))
     c.train.remat.vit_calls = not tiny
-    c.train.remat.vit_unrolled = False
     c.train.checkpoint = ConfigDict(dict(every=200 if tiny else 500, keep=3))
     c.train.log_every = 10
     c.train.eval_every = 0  # at the end

@@ -298,9 +298,6 @@ class RematConfig:
     # Each call of the ViT (vit.frames_per_call frames) is computed again as a whole, its policy
     # applies within: then activations do not grow with the number of frames.
     vit_calls: bool = False
-    # The ViT's layers stand one after another in the program instead of in a loop, which would copy
-    # what is kept for the backward pass into and out of arrays of all layers. Compiles for longer.
-    vit_unrolled: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,22 @@ python -m storm_jax.generate --checkpoint=DIR --video=FILE.mp4 --prompt="..." [-
     [--temporal_sampling=2]
 """
 
+import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
 
 import jax
-import numpy as np
 from absl import app, flags
 
 from storm_jax import checkpoint
 from storm_jax.config import ConfigError
 from storm_jax.data import text, video
 from storm_jax.data.records import Media, Turn
-from storm_jax.inference import prefill
-from storm_jax.inference.decode import Decode
+from storm_jax.inference.engine import Engine
+from storm_jax.inference.load import load, load_tokenizer, with_frames
+from storm_jax.inference.sampling import Sampling
+from storm_jax.inference.text import AnswerText
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
@@ -36,30 +37,18 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 always takes the best t
 _SEED = flags.DEFINE_integer("seed", 0, "Of random choices.")
 
 
-def text_pieces(tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Turns token ids into text as it becomes final: half a character waits for its other half."""
-    seen: list[int] = []
-    shown = ""
-    for token in ids:
-        seen.append(token)
-        whole = tokenizer.decode(seen, skip_special_tokens=True)
-        if not whole.endswith("\ufffd"):
-            yield whole[len(shown) :]
-            shown = whole
-
-
-def load_tokenizer(path: str, name: str):
-    """The tokenizer that was saved beside the checkpoints, else the one that the config names."""
-    saved = checkpoint.find(path)[0].parent / "tokenizer"
-    return text.load_tokenizer(str(saved) if saved.is_dir() else name)
-
-
 def run() -> None:
     began = time.perf_counter()
-    loaded = prefill.load(
-        _CHECKPOINT.value, max_frames=_FRAMES.value, temporal_sampling=_SAMPLING.value
-    )
+    loaded = load(_CHECKPOINT.value)
     config = loaded.config
+    if _FRAMES.value:
+        config = with_frames(config, _FRAMES.value)
+    if _SAMPLING.value:
+        reduction = dataclasses.replace(config.model.reduction, temporal_sampling=_SAMPLING.value)
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, reduction=reduction)
+        )
+    loaded = dataclasses.replace(loaded, config=config)
     tokenizer = load_tokenizer(_CHECKPOINT.value, config.data.tokenizer)
     times = {"load": time.perf_counter() - began}
 
@@ -70,50 +59,34 @@ def run() -> None:
     )
     times["decode video"] = time.perf_counter() - began
 
-    visual_tokens = config.model.visual_tokens(len(frames))
-    turns = (Turn("user", f"<video>\n{_PROMPT.value}"),)
-    tokens = text.encode_prompt(tokenizer, config.data.chat_template, turns, [visual_tokens])
-    prompt = prefill.Prompt(
-        tokens=tokens,
-        frames=frames,
-        frame_segments=np.zeros(len(frames), np.int32),
-        frame_groups=config.model.reduction.frame_groups(len(frames)),
-    )
-    stages = prefill.Prefill(loaded)
     print(f"{len(frames)} frames; compiling for this length", file=sys.stderr, flush=True)
     began = time.perf_counter()
-    visual = jax.block_until_ready(stages.encode(prompt))
+    context = config.data.sequence_length + _NEW_TOKENS.value
+    engine = Engine(loaded, slots=1, context=context)
+    visual = engine.encode(frames)
+    jax.block_until_ready(visual.tokens)
     times["encode"] = time.perf_counter() - began
-    began = time.perf_counter()
-    scores, cache = jax.block_until_ready(stages.fill(prompt, visual, _NEW_TOKENS.value))
-    times["prefill"] = time.perf_counter() - began
-
-    began = time.perf_counter()
-    ids = Decode(loaded)(
-        scores,
-        cache,
-        len(tokens),
-        new_tokens=_NEW_TOKENS.value,
-        stop=text.stop_tokens(tokenizer, config.data.chat_template),
+    turns = (Turn("user", f"<video>\n{_PROMPT.value}"),)
+    template = config.data.chat_template
+    tokens = text.encode_prompt(tokenizer, template, turns, [visual.count])
+    sampling = Sampling(
+        max_new_tokens=_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value,
         seed=_SEED.value,
+        stop_tokens=text.stop_tokens(tokenizer, template),
     )
-    count = 0
-
-    def counted() -> Iterator[int]:
-        nonlocal count
-        for token in ids:
-            count += 1
-            yield token
-
-    for piece in text_pieces(tokenizer, counted()):
-        print(piece, end="", flush=True)
-    print(flush=True)
+    began = time.perf_counter()
+    engine.admit(tokens, [visual], sampling)
+    answer, count = AnswerText(tokenizer), 0
+    while progress := engine.step():
+        count += len(progress[0].tokens)
+        print(answer.push(progress[0].tokens), end="", flush=True)
+    print(answer.close(), flush=True)
     times["answer"] = time.perf_counter() - began
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
     print(
         f"{len(frames)} frames, {len(frames) * config.model.frame_tokens} tokens mixed,"
-        f" {visual_tokens} visual tokens in the decoder, {len(tokens)} tokens in the prompt,"
+        f" {visual.count} visual tokens in the decoder, {len(tokens)} tokens in the prompt,"
         f" {count} in the answer; {parts} (compilation included)",
         file=sys.stderr,
     )

@@ -111,7 +111,7 @@ def open_source(size: int) -> Source:
       size: side of the model's frames, pixels.
     """
     name, fps = _SOURCE.value, _FPS.value
-    options = dict(pair.partition("=")[::2] for pair in _OPTION.value)
+    options = {key: value for key, _, value in (pair.partition("=") for pair in _OPTION.value)}
     if name == "-":
         match = re.fullmatch(r"(\d+)x(\d+)", _SIZE.value or "")
         if match is None or "0" in match.groups():
@@ -338,9 +338,7 @@ def run() -> int:
         raise usage("--source=- leaves no place to type a question: use --ask")
     loaded = load.load(_CHECKPOINT.value)
     source = open_source(loaded.config.model.vit.image_size)
-    tokenizer = text.load_tokenizer(
-        checkpoint.tokenizer(_CHECKPOINT.value, loaded.config.data.tokenizer)
-    )
+    tokenizer = load.load_tokenizer(_CHECKPOINT.value, loaded.config.data.tokenizer)
     stream = Stream(loaded, budget=_BUDGET.value, policy=_POLICY.value, batch=_BATCH.value)
     asker = Asker(loaded, stream, tokenizer)
     questions = Questions(

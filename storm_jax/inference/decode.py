@@ -1,68 +1,115 @@
-"""One token after another from a filled cache."""
+"""Decoding of all rows together, many steps in one program."""
 
-import functools
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from storm_jax.inference.prefill import LoadedModel
-from storm_jax.models.decoder import Cache
-
-
-def sample(scores_BV: jax.Array, temperature: float, key: jax.Array) -> jax.Array:
-    """The next token of each row, int32 [B]: the best one at temperature 0, else a random one."""
-    if temperature == 0:
-        return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, scores_BV / temperature).astype(jnp.int32)
+from storm_jax.inference.cache import Cache
+from storm_jax.inference.decoder import CachedDecoder
+from storm_jax.inference.sampling import Wishes, sample
+from storm_jax.inference.weights import Weights
 
 
-class Decode:
-    """Generates from one sequence; the step is compiled once for each size of the cache."""
+class Rows(NamedTuple):
+    """Where the answer of each row stands, arrays [B]."""
 
-    def __init__(self, loaded: LoadedModel):
-        self._loaded = loaded
-        model = loaded.model
+    token: jax.Array  # int32, the newest token: part of the answer, not yet of the cache
+    position: jax.Array  # int32, its place: the cache holds the tokens before it
+    remaining: jax.Array  # int32, tokens that may follow it
+    running: jax.Array  # bool, a token follows
+    stopped: jax.Array  # bool, a stop token was chosen
+    seen: jax.Array  # bool [B, V], tokens of prompt and answer
+    wishes: Wishes
 
-        @functools.partial(jax.jit, donate_argnums=2)
-        def step(params, token, cache, position):
-            storm = model.bind(params)
-            x = storm.embed(token[:, None], None)
-            positions = jnp.broadcast_to(position, x.shape[:2])
-            hidden, cache = storm.decoder(x, positions, cache=cache)
-            return storm.decoder.logits(hidden)[:, 0], cache
 
-        self._step = step
+def no_rows(rows: int, vocabulary: int) -> Rows:
+    """Rows of which none runs."""
+    zeros = jnp.zeros(rows, jnp.int32)
+    off = jnp.zeros(rows, bool)
+    # Each an array of its own: they are donated.
+    return Rows(
+        zeros, zeros + 0, zeros + 0, off, off & False, jnp.zeros((rows, vocabulary), bool),
+        jax.tree.map(jnp.copy, Wishes.empty(rows)),
+    )  # fmt: skip
 
-    def __call__(
-        self,
-        scores: jax.Array,
-        cache: Cache,
-        position: int,
-        *,
-        new_tokens: int,
-        stop: tuple[int, ...],
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Iterator[int]:
-        """Yields token ids until a stop token, which is not yielded, or `new_tokens` of them.
 
-        Args:
-          scores: of the first token, float32 [1, V].
-          cache: filled up to `position`; it is used up.
-          position: number of tokens in the prompt.
-          temperature: 0 takes the best token each time.
-          seed: of the random choices.
-        """
-        key = jax.random.key(seed)
-        with jax.set_mesh(self._loaded.mesh):
-            for index in range(new_tokens):
-                token = sample(scores, temperature, jax.random.fold_in(key, index))
-                scores, cache = self._step(
-                    self._loaded.params, token, cache, jnp.int32(position + index)
-                )
-                value = int(np.asarray(token)[0])  # fetched while the next step runs
-                if value in stop:
-                    return
-                yield value
+def begin(
+    rows: Rows,
+    row: jax.Array,
+    scores_V: jax.Array,
+    position: jax.Array,
+    limit: jax.Array,
+    seen_V: jax.Array,
+    wishes: Wishes,
+) -> Rows:
+    """Chooses the first token of an answer.
+
+    Args:
+      row: int32, the row that the answer is made in.
+      scores_V: float32, behind the prompt.
+      position: int32, length of the prompt.
+      limit: int32, tokens that the answer may have.
+      seen_V: bool, tokens of the prompt.
+      wishes: one row's, without the axis B.
+    """
+    one = jax.tree.map(lambda x: x[None], wishes)
+    token = sample(scores_V[None], one, seen_V[None], position[None])[0]
+    stopped = jnp.any(token == wishes.stop_tokens)
+    new = Rows(
+        token=token,
+        position=position,
+        remaining=limit - 1,
+        running=~stopped & (limit > 1),
+        stopped=stopped,
+        seen=seen_V.at[token].set(True),
+        wishes=wishes,
+    )
+    return jax.tree.map(lambda all_, x: all_.at[row].set(x), rows, new)
+
+
+def decode(
+    decoder: CachedDecoder, weights: Weights, cache: Cache, rows: Rows, steps: int, until_one: bool
+) -> tuple[Cache, Rows, jax.Array]:
+    """Adds up to `steps` tokens to every row that runs.
+
+    Args:
+      steps: int32 at most this many, fixed when compiled.
+      until_one: bool: returns when the first row ends, else when all have.
+
+    Returns:
+      cache, rows, and the new tokens, int32 [B, steps], -1 where there is none.
+    """
+    B = rows.token.shape[0]
+    before = jnp.sum(rows.running)
+
+    def goes_on(state):
+        step, _, rows, _ = state
+        running = jnp.sum(rows.running)
+        enough = jnp.where(until_one, running == before, running > 0)
+        return (step < steps) & enough & (running > 0)
+
+    def one(state):
+        step, cache, rows, out = state
+        scores, cache = decoder.token(weights, cache, rows.token, rows.position)
+        position = rows.position + 1
+        token = sample(scores, rows.wishes, rows.seen, position)
+        is_stop = jnp.any(token[:, None] == rows.wishes.stop_tokens, axis=1)
+        new = rows.running & ~is_stop
+        out = out.at[:, step].set(jnp.where(new, token, -1))
+        remaining = rows.remaining - new
+        rows = Rows(
+            token=jnp.where(new, token, rows.token),
+            # Where a stop token was chosen, the token before it is in the cache now.
+            position=jnp.where(rows.running, position, rows.position),
+            remaining=remaining,
+            running=new & (remaining > 0),
+            stopped=rows.stopped | (rows.running & is_stop),
+            seen=rows.seen.at[jnp.arange(B), token].max(new),
+            wishes=rows.wishes,
+        )
+        return step + 1, cache, rows, out
+
+    out = jnp.full((B, steps), -1, jnp.int32)
+    _, cache, rows, out = jax.lax.while_loop(goes_on, one, (0, cache, rows, out))
+    return cache, rows, out

@@ -1,9 +1,6 @@
 """Which pooled frames of an endless stream are kept when there is room for a fixed number."""
 
-from typing import Literal
-
-Policy = Literal["recent", "spread"]
-POLICIES: tuple[Policy, ...] = ("recent", "spread")
+POLICIES = ("recent", "spread")
 
 
 class History:
@@ -18,7 +15,8 @@ class History:
     less than 2 / slots of the history old.
     """
 
-    def __init__(self, slots: int, policy: Policy):
+    def __init__(self, slots: int, policy: str):
+        """`policy` is one of `POLICIES`."""
         if slots < 1:
             raise ValueError(f"slots={slots}: at least one is needed")
         if policy not in POLICIES:

@@ -1,147 +1,125 @@
-"""From a checkpoint, frames and a prompt to the first token's scores and a filled cache."""
+"""From frames to the visual tokens that the decoder sees.
 
-import dataclasses
+The ViT runs on a fixed number of frames at a time, so that one program serves any video, and starts
+on the first ones while later ones are still being decoded. The temporal encoder and the reduction
+see all frames at once; they are padded to one of a few lengths.
+"""
+
 import functools
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from storm_jax import checkpoint
-from storm_jax.config import MeshConfig, RunConfig
-from storm_jax.models.decoder import Cache
-from storm_jax.models.storm import Params, StormModel
-from storm_jax.parallel.mesh import make_mesh
-from storm_jax.training.state import abstract_params
+from storm_jax.inference.load import LoadedModel
 
-# Sequences are padded to a multiple of this, so that prompts of similar length share a compilation.
-LENGTH_STEP = 128
+_FRAMES_PER_CALL = 64  # where the configuration names no number
+_FEW = 8  # frames of a call for what is left over
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A checkpoint ready to answer: parameters in the dtype they are computed with."""
-
-    config: RunConfig
-    model: StormModel
-    params: Params
-    mesh: jax.sharding.Mesh
-
-
-def load(path: str | Path, *, max_frames: int = 0, temporal_sampling: int = 0) -> LoadedModel:
-    """Reads the configuration and the parameters of a checkpoint.
-
-    Args:
-      path: a training workdir, or one checkpoint in it.
-      max_frames: frames taken from a video; 0: as in training.
-      temporal_sampling: keep every so many pooled frames (paper eq. 8); 0: as in training.
-
-    Raises:
-      CheckpointError: there is none, or it is of another layout.
-    """
-    config = checkpoint.read_config(path)
-    if max_frames:
-        frames = dataclasses.replace(config.data.frames, max_frames=max_frames)
-        data = dataclasses.replace(config.data, frames=frames, row_frames=max_frames)
-        needed = config.model.visual_tokens(max_frames) + 1
-        length = max(data.sequence_length, needed)
-        data = dataclasses.replace(data, sequence_length=length)
-        config = dataclasses.replace(config, data=data)
-    if temporal_sampling:
-        reduction = config.model.reduction
-        reduction = dataclasses.replace(reduction, temporal_sampling=temporal_sampling)
-        model_config = dataclasses.replace(config.model, reduction=reduction)
-        config = dataclasses.replace(config, model=model_config)
-    model = StormModel(config.model)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    abstract = abstract_params(model, mesh, jnp.dtype(config.model.dtype))
-    return LoadedModel(config, model, checkpoint.load_params(path, abstract), mesh)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One sequence to answer.
-
-    Attributes:
-      tokens: int32 [n], `VISUAL` where a visual token stands.
-      frames: uint8 [F, H, W, 3], the frames of all its media, one after another.
-      frame_segments: int32 [F], the medium that a frame belongs to.
-      frame_groups: int32 [F], see `models.reduction`.
-    """
-
-    tokens: np.ndarray
-    frames: np.ndarray
-    frame_segments: np.ndarray
-    frame_groups: np.ndarray
+def bucket(n: int, steps: int) -> int:
+    """The smallest of a few sizes that holds n: `steps` of them between two powers of two."""
+    if n <= steps:
+        return max(n, 1)
+    step = max(1 << (n - 1).bit_length() - 1, 1) // steps
+    return -(-n // step) * step
 
 
 @dataclass(frozen=True)
 class Visual:
-    """One medium, encoded; stays on the device."""
+    """One medium, encoded.
 
-    tokens: jax.Array  # [V', D], V' >= count (padded to a bucket)
-    count: int  # visual tokens that are real
+    Attributes:
+      tokens: [V, D], on the device; V >= count, and what is behind is padding.
+      count: visual tokens that the decoder sees.
+      frames: frames that were encoded.
+      mixed: tokens before the reduction.
+    """
+
+    tokens: jax.Array
+    count: int
     frames: int
-    mixed: int  # tokens before reduction and pruning
+    mixed: int
 
 
-class Prefill:
-    """Encodes frames and fills the cache; compiled once for each number of frames and length."""
+class Encoder:
+    """Encodes one medium after another."""
 
     def __init__(self, loaded: LoadedModel):
         self._loaded = loaded
-        model = loaded.model
+        config, model = loaded.config.model, loaded.model
+        self._per_call = config.vit.frames_per_call or _FRAMES_PER_CALL
+
+        @jax.jit
+        def features(params, frames):
+            return model.bind(params).features(frames[None])[0]
 
         @functools.partial(jax.jit, static_argnames="groups")
-        def encode(params, frames, segments, frame_groups, groups):
+        def reduced(params, features, frame_segments, frame_groups, groups):
+            x_BFND = jnp.concatenate(features)[None]
+            more = frame_segments.shape[0] - x_BFND.shape[1]
+            x_BFND = jnp.pad(x_BFND, ((0, 0), (0, max(more, 0)), (0, 0), (0, 0)))
+            x_BFND = x_BFND[:, : frame_segments.shape[0]]
             storm = model.bind(params)
-            return storm.encode(frames, segments, frame_groups, groups)
+            x_BFND = storm.mixed(x_BFND, frame_segments[None])
+            return storm.reduced(x_BFND, frame_groups[None], groups)[0]
 
-        @functools.partial(jax.jit, static_argnames="slots")
-        def prefill(params, tokens, visual, last, slots):
-            storm = model.bind(params)
-            cache = storm.decoder.empty_cache(tokens.shape[0], slots, storm.dtype)
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            hidden, cache = storm.decoder(storm.embed(tokens, visual), positions, cache=cache)
-            return storm.decoder.logits(hidden[:, last][:, None])[:, 0], cache
+        self._features, self._reduced = features, reduced
 
-        self._encode, self._prefill = encode, prefill
-
-    def encode(self, prompt: Prompt) -> jax.Array | None:
-        """Visual tokens as the decoder sees them, [1, V, D]; None without frames."""
-        if not len(prompt.frames):
-            return None
-        groups = int(prompt.frame_groups.max()) + 1
-        with jax.set_mesh(self._loaded.mesh):
-            return self._encode(
-                self._loaded.params,
-                prompt.frames[None],
-                prompt.frame_segments[None],
-                prompt.frame_groups[None],
-                groups,
-            )
-
-    def fill(
-        self, prompt: Prompt, visual: jax.Array | None, new_tokens: int
-    ) -> tuple[jax.Array, Cache]:
-        """Runs the decoder over the prompt.
+    def __call__(self, frames: np.ndarray | Iterable[np.ndarray]) -> Visual:
+        """Visual tokens of one medium; does not wait for the device.
 
         Args:
-          prompt: the sequence.
-          visual: from `encode`.
-          new_tokens: room that the cache must have behind the prompt.
+          frames: uint8 [F, side, side, 3]; or chunks of them, in order, of which the device gets
+            each as it comes.
 
-        Returns:
-          Scores of the first new token, float32 [1, V], and the cache.
+        Raises:
+          ValueError: there is no frame.
         """
-        n = len(prompt.tokens)
-        # What padding writes behind the prompt is overwritten before any later token sees it.
-        length = -(-n // LENGTH_STEP) * LENGTH_STEP
-        slots = -(-(n + new_tokens) // LENGTH_STEP) * LENGTH_STEP
-        tokens = np.zeros((1, length), np.int32)
-        tokens[0, :n] = prompt.tokens
+        chunks = [frames] if isinstance(frames, np.ndarray) else frames
+        parts, count = [], 0
         with jax.set_mesh(self._loaded.mesh):
-            last = jnp.int32(n - 1)
-            return self._prefill(self._loaded.params, tokens, visual, last, max(length, slots))
+            for batch, real in self._batches(chunks):
+                count += real
+                parts.append(self._features(self._loaded.weights.encoder, batch))
+            if not count:
+                raise ValueError("no frame to encode")
+            return self._reduce(parts, count)
+
+    def _batches(self, chunks: Iterable[np.ndarray]):
+        """Batches of a fixed size, padded at the end with zeros; and how many are real of each."""
+        waiting: list[np.ndarray] = []
+        ready = 0
+        for chunk in itertools.chain(chunks, [None]):
+            if chunk is not None:
+                waiting.append(chunk)
+                ready += len(chunk)
+                if ready < self._per_call:
+                    continue
+            if not ready:
+                return
+            frames = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+            at = 0
+            while len(frames) - at >= self._per_call or (chunk is None and at < len(frames)):
+                left = len(frames) - at
+                size = self._per_call if left >= self._per_call else min(_FEW, self._per_call)
+                size = 1 if left == 1 else size
+                batch = frames[at : at + size]
+                padding = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
+                yield (np.concatenate([batch, padding]) if len(padding) else batch), len(batch)
+                at += len(batch)
+            waiting, ready = ([frames[at:]] if at < len(frames) else []), len(frames) - at
+
+    def _reduce(self, parts: list[jax.Array], count: int) -> Visual:
+        config = self._loaded.config.model
+        length = bucket(count, 4)
+        segments = np.where(np.arange(length) < count, 0, -1).astype(np.int32)
+        groups = np.full(length, -1, np.int32)
+        groups[:count] = config.reduction.frame_groups(count)
+        room = bucket(int(groups.max()) + 1, 4)
+        tokens = self._reduced(self._loaded.weights.encoder, tuple(parts), segments, groups, room)
+        real = config.visual_tokens(count)
+        return Visual(tokens, real, count, count * config.frame_tokens)

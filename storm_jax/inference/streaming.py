@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from storm_jax.config import ConfigError
-from storm_jax.inference.history import History, Policy
-from storm_jax.inference.prefill import LoadedModel, Visual
+from storm_jax.inference.history import History
+from storm_jax.inference.load import LoadedModel
+from storm_jax.inference.prefill import Visual
 from storm_jax.models.reduction import group_sums
 from storm_jax.models.temporal import TemporalState, empty_state
 from storm_jax.parallel import sharding
@@ -53,7 +54,7 @@ class Stream:
         loaded: LoadedModel,
         *,
         budget: int = 0,
-        policy: Policy = "recent",
+        policy: str = "recent",
         batch: int = 8,
     ):
         """Allocates everything that the stream will ever need on the device.
@@ -61,7 +62,7 @@ class Stream:
         Args:
           loaded: a checkpoint whose temporal encoder runs forward only, or that has none.
           budget: visual tokens that the decoder is shown at most; 0: as many as in training.
-          policy: what is kept when the budget is full, see `History`.
+          policy: what is kept when the budget is full, one of `history.POLICIES`, see `History`.
           batch: frames that go through the model together; padding takes the place of missing ones.
 
         Raises:
@@ -178,7 +179,9 @@ class Stream:
         if self._finished is not None:
             jax.block_until_ready(self._finished)  # never more than two batches on the device
         with jax.set_mesh(self._loaded.mesh):
-            self._state, self._finished = self._step(self._loaded.params, self._state, frames, plan)
+            self._state, self._finished = self._step(
+                self._loaded.weights.encoder, self._state, frames, plan
+            )
 
     def _most_groups(self) -> int:
         """Groups that a batch can touch."""

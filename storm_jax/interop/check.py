@@ -98,7 +98,7 @@ class _RecordedStack:
     def __init__(self, stack: Stack, first: str, each: str, stages: dict[str, jax.Array]):
         self._stack, self._first, self._each, self._stages = stack, first, each, stages
 
-    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL, unrolled: bool = False):
+    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL):
         """As `Stack.scan`."""
 
         def recorded(module, x, slice_):
@@ -107,7 +107,7 @@ class _RecordedStack:
 
         if self._first:
             self._stages[self._first] = x
-        x, (outs, ys) = self._stack.scan(recorded, x, xs, remat=remat, unrolled=unrolled)
+        x, (outs, ys) = self._stack.scan(recorded, x, xs, remat=remat)
         for i in range(self._stack.count):
             self._stages[f"{self._each} {i}"] = outs[i]
         return x, ys

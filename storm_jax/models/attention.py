@@ -1,10 +1,9 @@
-"""Softmax attention of a sequence with itself and with a cache, laid out over the mesh.
+"""Softmax attention of a sequence with itself, laid out over the mesh.
 
-Axis letters: B batch, S queries, T keys, H heads, K key-value heads, C head dim.
+Axis letters: B batch, S tokens, H heads, K key-value heads, C head dim.
 """
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.models import attention_kernels as kernels
@@ -46,30 +45,3 @@ def self_attention(
 
     rows = () if segments_BS is None else (segments_BS,)
     return by_heads(local, q_BSHC, k_BSKC, v_BSKC, *rows)
-
-
-def cached_attention(
-    q_BSHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
-    positions_BS: jax.Array,
-    *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> jax.Array:
-    """Attention to the slots of a cache, of which slot t holds position t.
-
-    Args:
-      positions_BS: int32, positions of the queries: each sees the slots up to its own.
-      window: number of slots seen, the query's own included; 0: all of them.
-
-    See `self_attention` for the rest.
-    """
-
-    def local(q, k, v, positions):
-        slots = jnp.arange(k.shape[1], dtype=jnp.int32)
-        mask = kernels.causal_mask(positions, slots[None], window=window)
-        return kernels.masked_attention(q, k, v, mask, scale, softcap)
-
-    return by_heads(local, q_BSHC, k_BTKC, v_BTKC, positions_BS)

@@ -1,6 +1,7 @@
 """The text decoder: Gemma 2 (arXiv 2408.00118), Gemma 3 (2503.19786) and Qwen2 (2407.10671).
 
-One implementation; `DecoderConfig` says in what the families differ.
+One implementation; `DecoderConfig` says in what the families differ. `inference.decoder` runs the
+same layers with a cache.
 """
 
 import math
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.config import DecoderConfig, Remat
-from storm_jax.models.attention import cached_attention, self_attention
+from storm_jax.models.attention import self_attention
 from storm_jax.models.layers import (
     KEEP_ALL,
     Embedding,
@@ -27,25 +28,31 @@ from storm_jax.models.layers import (
 from storm_jax.parallel.sharding import shard
 
 
-class Cache(NamedTuple):
-    """Keys and values of every layer, [layers, B, T, K, C]; slot t holds position t of its row."""
-
-    k: jax.Array
-    v: jax.Array
-
-
 def output_scores(config: DecoderConfig, weight: jax.Array, x_BSD: jax.Array) -> jax.Array:
     """Scores of the vocabulary, float32 [B, S, V], from `Decoder.output_weight`."""
-    scores = vocabulary_scores(x_BSD, weight, transposed=config.tied_embeddings)
+    return capped(config, vocabulary_scores(x_BSD, weight, transposed=config.tied_embeddings))
+
+
+def capped(config: DecoderConfig, scores: jax.Array) -> jax.Array:
+    """Scores of the vocabulary under the family's soft cap."""
     cap = config.logit_softcap
     return cap * jnp.tanh(scores / cap) if cap else scores
+
+
+def gated(config: DecoderConfig, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Hidden units of the gated MLP: activation(gate) * up, in the dtype of `up`."""
+    gate = gate.astype(jnp.float32)
+    if config.activation == "silu":
+        gate = jax.nn.silu(gate)
+    else:
+        gate = jax.nn.gelu(gate, approximate=True)
+    return (gate * up).astype(up.dtype)
 
 
 class LayerInputs(NamedTuple):
     """What all layers share."""
 
     angles: tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # local, global
-    positions: jax.Array  # int32 [B, S]
     segments: jax.Array | None  # int32 [B, S]
 
 
@@ -75,9 +82,8 @@ class DecoderBlock(nnx.Module):
         self.down = Linear((config.mlp,), (D,), ("mlp", "embed"), rngs=rngs)
         self.mlp_post_norm = norm(D) if config.post_norms else None
 
-    def __call__(self, x_BSD, is_global, shared: LayerInputs, cache: Cache | None):
+    def __call__(self, x_BSD: jax.Array, is_global: jax.Array, shared: LayerInputs) -> jax.Array:
         """One layer; `is_global` is a traced bool, since layers run in one scan."""
-        config = self.config
         h = self.attention_norm(x_BSD)
         q, k, v = self.query(h), self.key(h), self.value(h)
         if self.query_norm is not None and self.key_norm is not None:
@@ -85,32 +91,30 @@ class DecoderBlock(nnx.Module):
         local, whole = shared.angles
         cos, sin = (jnp.where(is_global, w, n) for w, n in zip(whole, local, strict=True))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache = _write(cache, k, v, shared.positions)
-        h = self.out(self._attend(q, k, v, is_global, shared, cached=cache is not None))
+        h = self.out(self._attend(q, k, v, is_global, shared))
         x_BSD = x_BSD + (h if self.attention_post_norm is None else self.attention_post_norm(h))
 
         h = self.mlp_norm(x_BSD)
         gate, up = (checkpoint_name(linear(h), "mlp") for linear in (self.gate, self.up))
-        gate = gate.astype(jnp.float32)
-        if config.activation == "silu":
-            gate = jax.nn.silu(gate)
-        else:
-            gate = jax.nn.gelu(gate, approximate=True)
-        h = self.down((gate * up).astype(h.dtype))
-        x_BSD = x_BSD + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
-        return x_BSD, cache
+        h = self.down(gated(self.config, gate, up))
+        return x_BSD + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
 
-    def _attend(self, q, k, v, is_global, shared: LayerInputs, *, cached: bool) -> jax.Array:
+    def _attend(self, q, k, v, is_global, shared: LayerInputs) -> jax.Array:
         config = self.config
         scale = config.query_scale or config.head_dim**-0.5
 
         def attend(window: int):
             def call(q, k, v):
-                how = {"scale": scale, "window": window, "softcap": config.attention_softcap}
-                if cached:
-                    return cached_attention(q, k, v, shared.positions, **how)
-                return self_attention(q, k, v, shared.segments, causal=True, **how)
+                return self_attention(
+                    q,
+                    k,
+                    v,
+                    shared.segments,
+                    causal=True,
+                    scale=scale,
+                    window=window,
+                    softcap=config.attention_softcap,
+                )
 
             return call
 
@@ -118,15 +122,6 @@ class DecoderBlock(nnx.Module):
             return attend(0)(q, k, v)
         # The window is part of a kernel; one of the two runs.
         return jax.lax.cond(is_global, attend(0), attend(config.window), q, k, v)
-
-
-def _write(cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array) -> Cache:
-    rows = jnp.arange(positions.shape[0])[:, None]
-
-    def put(slots, new):
-        return slots.at[rows, positions].set(new.astype(slots.dtype), mode="drop")
-
-    return Cache(put(cache.k, k), put(cache.v, v))
 
 
 class Decoder(nnx.Module):
@@ -154,21 +149,18 @@ class Decoder(nnx.Module):
         x_BSD: jax.Array,
         positions_BS: jax.Array,
         segments_BS: jax.Array | None = None,
-        cache: Cache | None = None,
         remat: Remat = KEEP_ALL,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> jax.Array:
         """Runs all layers.
 
         Args:
           x_BSD: embeddings.
-          positions_BS: int32, position within the sample. With a cache it is also the slot that is
-            written, and slots up to it are seen.
-          segments_BS: int32, attention stays within a segment; without a cache only.
-          cache: keys and values so far, or None.
+          positions_BS: int32, position within the sample.
+          segments_BS: int32, attention stays within a segment.
           remat: what the backward pass recomputes, see `Remat`.
 
         Returns:
-          Hidden states after the final norm [B, S, D], and the extended cache.
+          Hidden states after the final norm [B, S, D].
         """
         config = self.config
         C = config.head_dim
@@ -179,17 +171,14 @@ class Decoder(nnx.Module):
                 rotary(turned_BS, C, config.rope_theta_local),
                 rotary(turned_BS, C, config.rope_theta, config.rope_scaling),
             ),
-            positions=positions_BS,
             segments=segments_BS,
         )
 
-        def body(block, x, inputs):
-            is_global, layer_cache = inputs
-            return block(x, is_global, shared, layer_cache)
+        def body(block, x, is_global):
+            return block(x, is_global, shared), None
 
-        xs = (jnp.asarray(self.global_layers), cache)
-        x_BSD, cache = self.blocks.scan(body, x_BSD, xs, remat=remat)
-        return self.norm(x_BSD), cache
+        x_BSD, _ = self.blocks.scan(body, x_BSD, jnp.asarray(self.global_layers), remat=remat)
+        return self.norm(x_BSD)
 
     @property
     def global_layers(self) -> list[bool]:
@@ -205,10 +194,3 @@ class Decoder(nnx.Module):
     def output_weight(self) -> jax.Array:
         """The matrix that gives the scores, as `output_scores` takes it."""
         return (self.embedding.table if self.head is None else self.head.weight)[...]
-
-    def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-        """A cache for `rows` sequences of up to `slots` tokens."""
-        config = self.config
-        shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
-        axes = ("layers", "batch", None, "kv_heads", None)
-        return Cache(*(shard(jnp.zeros(shape, dtype), *axes) for _ in range(2)))

@@ -57,7 +57,7 @@ class Linear(nnx.Module):
         n = self.contracted
         dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         # Batch axes keep their layout; a contraction over a split axis is summed here.
-        return _product(x, weight, dims, lambda x, w: (*x[: len(x) - n], *w[n:]))
+        return product(x, weight, dims, lambda x, w: (*x[: len(x) - n], *w[n:]))
 
     def whole_weight(self, dtype: jnp.dtype) -> jax.Array:
         """The weight as it is used, see `sharding.gathered`."""
@@ -74,7 +74,7 @@ class Linear(nnx.Module):
         w = self.whole_weight(x.dtype)
         dims = (tuple(range(n)), tuple(range(n)))
         exact = w.astype(jnp.float32)
-        moved = _product(constant, exact, dims, lambda _, w: w[n:], exact=True)
+        moved = product(constant, exact, dims, lambda _, w: w[n:], exact=True)
         return add_bias(self.product(x, w), moved + self.whole_bias()).astype(x.dtype)
 
     def after(self, norm: "LayerNorm", dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -89,7 +89,7 @@ class Linear(nnx.Module):
         w = self.whole_weight(dtype)
         scale = norm.scale[...].astype(jnp.float32).reshape(-1, *[1] * (w.ndim - 1))
         shift = norm.bias[...].astype(jnp.float32)
-        moved = _product(shift, w.astype(jnp.float32), ((0,), (0,)), lambda _, w: w[1:], exact=True)
+        moved = product(shift, w.astype(jnp.float32), ((0,), (0,)), lambda _, w: w[1:], exact=True)
         return (w * scale).astype(dtype), moved + self.whole_bias()
 
     def to_channels_first(self, x_BLD: jax.Array) -> jax.Array:
@@ -98,12 +98,12 @@ class Linear(nnx.Module):
         The product is written in this order: for B = 1, [B, outputs, L] of it costs nothing.
         """
         w = sharding.gathered(self.weight[...].astype(x_BLD.dtype), self.axes)
-        return _product(w, x_BLD, ((0,), (2,)), lambda w, x: (*w[1:], *x[:2]))
+        return product(w, x_BLD, ((0,), (2,)), lambda w, x: (*w[1:], *x[:2]))
 
     def from_channels_first(self, x_BDL: jax.Array) -> jax.Array:
         """[B, D, L] -> [B, L, *outputs], for one contracted axis and no bias."""
         w = sharding.gathered(self.weight[...].astype(x_BDL.dtype), self.axes)
-        return _product(x_BDL, w, ((1,), (0,)), lambda x, w: (x[0], x[2], *w[1:]))
+        return product(x_BDL, w, ((1,), (0,)), lambda x, w: (x[0], x[2], *w[1:]))
 
 
 @jax.custom_vjp
@@ -130,13 +130,20 @@ def _add_bias_bwd(residuals, gradient):
 add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
-def _product(
-    left: jax.Array, right: jax.Array, contracted, out_spec, *, exact: bool = False
+def product(
+    left: jax.Array,
+    right: jax.Array,
+    contracted,
+    out_spec,
+    *,
+    exact: bool = False,
+    dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """`dot_general` without batch axes; `out_spec` of both partitions is the result's.
 
     Args:
       exact: with all digits of float32.
+      dtype: of the result; None: that of the operands.
     """
     out = None
     if sharding.active_mesh() is not None:
@@ -144,7 +151,21 @@ def _product(
         out = PartitionSpec(*out_spec(*specs))
     precision = "highest" if exact else None
     dims = (contracted, ((), ()))
-    return jax.lax.dot_general(left, right, dims, precision=precision, out_sharding=out)
+    return jax.lax.dot_general(
+        left,
+        right,
+        dims,
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=out,
+    )
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, plus_one: bool) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32; see `RMSNorm`."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * (1 + scale if plus_one else scale)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -156,10 +177,7 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(jnp.zeros(width) if plus_one else jnp.ones(width), None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...]
-        return (y * (1 + scale if self.plus_one else scale)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps, plus_one=self.plus_one)
 
 
 class LayerNorm(nnx.Module):
@@ -252,13 +270,8 @@ def rotate(x_BSHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 KEEP_ALL = Remat()
 
 
-def rematerialised(f: Callable, remat: Remat, *, in_loop: bool = True) -> Callable:
-    """`f`, whose backward pass computes again what `remat` says.
-
-    Args:
-      in_loop: `f` is the body of a scan, so that XLA cannot take what is computed again for what it
-        has already.
-    """
+def rematerialised(f: Callable, remat: Remat) -> Callable:
+    """`f`, the body of a scan, whose backward pass computes again what `remat` says."""
     offered = jax.checkpoint_policies
     match remat.policy:
         case "none":
@@ -276,7 +289,8 @@ def rematerialised(f: Callable, remat: Remat, *, in_loop: bool = True) -> Callab
             )
         case "full":
             policy = offered.nothing_saveable
-    return jax.checkpoint(f, policy=policy, prevent_cse=not in_loop)
+    # In a scan XLA cannot take what is computed again for what it has already.
+    return jax.checkpoint(f, policy=policy, prevent_cse=False)
 
 
 class Stack(nnx.Module):
@@ -287,7 +301,7 @@ class Stack(nnx.Module):
         self.layers = jax.vmap(lambda key: build(nnx.Rngs(key)))(keys)
         self.count = count
 
-    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL, unrolled: bool = False):
+    def scan(self, body: Callable, x, xs=None, *, remat: Remat = KEEP_ALL):
         """Runs `x, y = body(module, x, xs[i])` for every module in order.
 
         Args:
@@ -295,7 +309,6 @@ class Stack(nnx.Module):
           x: carried array or tree.
           xs: tree with a leading axis of `count`, one slice a module, or None.
           remat: what the backward pass recomputes of each module.
-          unrolled: without a loop.
 
         Returns:
           (x, ys) with the ys stacked.
@@ -306,5 +319,4 @@ class Stack(nnx.Module):
             layer_state, slice_ = inputs
             return body(nnx.merge(graph, layer_state), x, slice_)
 
-        step = rematerialised(step, remat, in_loop=not unrolled)
-        return jax.lax.scan(step, x, (state, xs), unroll=self.count if unrolled else 1)
+        return jax.lax.scan(rematerialised(step, remat), x, (state, xs))

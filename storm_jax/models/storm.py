@@ -56,7 +56,7 @@ class Storm(nnx.Module):
         """Tokens of every frame alone, behind the projector, [B, F, N, D]."""
         frames, collected = spread(frames_BFHWC)
         with jax.named_scope("vit"):
-            x_BFND = self.vit(frames, self.dtype, remat.vit, remat.vit_calls, remat.vit_unrolled)
+            x_BFND = self.vit(frames, self.dtype, remat.vit, remat.vit_calls)
         with jax.named_scope("projector"):
             return collected(self.projector(x_BFND))
 
@@ -68,6 +68,12 @@ class Storm(nnx.Module):
             return x_BFND
         with jax.named_scope("temporal"):
             return self.temporal(x_BFND, frame_segments_BF, remat.temporal)
+
+    def reduced(self, x_BFND: jax.Array, frame_groups_BF: jax.Array, groups: int) -> jax.Array:
+        """The visual tokens of `mix`ed frames, see `reduce_tokens`."""
+        with jax.named_scope("reduction"):
+            pool = self.config.reduction.spatial_pool
+            return reduce_tokens(x_BFND, frame_groups_BF, groups, pool)
 
     def encode(
         self,
@@ -90,9 +96,7 @@ class Storm(nnx.Module):
           [B, groups * group_tokens, D].
         """
         x_BFND = self.mix(frames_BFHWC, frame_segments_BF, remat)
-        with jax.named_scope("reduction"):
-            pool = self.config.reduction.spatial_pool
-            return reduce_tokens(x_BFND, frame_groups_BF, groups, pool)
+        return self.reduced(x_BFND, frame_groups_BF, groups)
 
     def embed(self, tokens_BS: jax.Array, visual_BVD: jax.Array | None) -> jax.Array:
         """Token embeddings [B, S, D], the i-th `VISUAL` position of a row taking visual token i."""
@@ -128,7 +132,7 @@ class Storm(nnx.Module):
             x_BSD = self.embed(tokens, visual)
         with jax.named_scope("decoder"):
             how = remat.decoder
-            return self.decoder(x_BSD, batch["positions"], batch["segments"], remat=how)[0]
+            return self.decoder(x_BSD, batch["positions"], batch["segments"], remat=how)
 
 
 def _padded_frames(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

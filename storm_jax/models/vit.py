@@ -83,7 +83,6 @@ class Vit(nnx.Module):
         dtype: jnp.dtype,
         remat: Remat = KEEP_ALL,
         remat_calls: bool = False,
-        unrolled: bool = False,
     ) -> jax.Array:
         """Encodes frames, `frames_per_call` on each device at a time.
 
@@ -94,26 +93,23 @@ class Vit(nnx.Module):
           remat: what the backward pass recomputes of each layer.
           remat_calls: the backward pass runs each call forward again, and so holds the activations
             of one call at a time.
-          unrolled: layers without a loop.
 
         Returns:
           Patch features [B, F, N, D_v], N = grid^2, row by row.
         """
         frames_MBHWC, restored = batches(frames_BFHWC, self.config.frames_per_call)
         if len(frames_MBHWC) == 1:
-            return restored(self._encode(frames_MBHWC[0], dtype, remat, unrolled)[None])
+            return restored(self._encode(frames_MBHWC[0], dtype, remat)[None])
         graph, state = nnx.split(self)
 
         def encode(state, frames):
-            return nnx.merge(graph, state)._encode(frames, dtype, remat, unrolled)
+            return nnx.merge(graph, state)._encode(frames, dtype, remat)
 
         if remat_calls:
             encode = jax.checkpoint(encode, prevent_cse=False)
         return restored(jax.lax.map(lambda frames: encode(state, frames), frames_MBHWC))
 
-    def _encode(
-        self, frames_BHWC: jax.Array, dtype: jnp.dtype, remat: Remat, unrolled: bool
-    ) -> jax.Array:
+    def _encode(self, frames_BHWC: jax.Array, dtype: jnp.dtype, remat: Remat) -> jax.Array:
         B = frames_BHWC.shape[0]
         grid, patch = self.config.grid, self.config.patch_size
         side = grid * patch  # a remainder of pixels is not seen: 384 = 27 * 14 + 6
@@ -124,9 +120,7 @@ class Vit(nnx.Module):
         positions = resize_positions(self.positions[...], grid)
         positions = shard(positions, None, None).astype(dtype)
         x_BND = x + positions
-        x_BND, _ = self.blocks.scan(
-            lambda block, x, _: (block(x), None), x_BND, remat=remat, unrolled=unrolled
-        )
+        x_BND, _ = self.blocks.scan(lambda block, x, _: (block(x), None), x_BND, remat=remat)
         return x_BND if self.norm is None else self.norm(x_BND)
 
 

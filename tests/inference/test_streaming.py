@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from storm_jax.config import ConfigError, MeshConfig
-from storm_jax.inference.prefill import LoadedModel
+from storm_jax.inference.load import LoadedModel, made_ready
 from storm_jax.inference.streaming import Stream
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel.mesh import make_mesh
@@ -20,22 +20,29 @@ ONE = MeshConfig(data=1)
 
 
 @functools.cache
-def parameters(direction: str, layers: int) -> dict:
-    """On the host."""
-    model = StormModel(tiny_model(temporal={"direction": direction, "layers": layers}))
-    return jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(3)))
-
-
-def loaded(axes=ONE, devices=1, temporal=None, **parts) -> LoadedModel:
-    temporal = {"direction": "forward", "layers": 2, **(temporal or {})}
-    run = dataclasses.replace(run_config(), model=tiny_model(temporal=temporal, **parts))
+def weighted(axes: MeshConfig, devices: int, direction: str, layers: int, dtype: str):
+    """A model with random parameters, as it is loaded."""
+    temporal = {"direction": direction, "layers": layers}
+    run = dataclasses.replace(run_config(), model=tiny_model(temporal=temporal, dtype=dtype))
     model, mesh = StormModel(run.model), make_mesh(axes, jax.devices()[:devices])
-    params = parameters(temporal["direction"], temporal["layers"])
-    abstract = abstract_params(model, mesh, jnp.dtype(run.model.dtype))
-    placed = jax.tree.map(
-        lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), params, abstract
+    abstract = abstract_params(model, mesh, jnp.dtype(dtype))
+    params = jax.tree.map(
+        lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding),
+        jax.jit(model.init)(jax.random.key(3)),
+        abstract,
     )
-    return LoadedModel(run, model, placed, mesh)
+    return made_ready(run, params, mesh)
+
+
+def loaded(
+    axes=ONE, devices=1, direction="forward", layers=2, dtype="float32", **reduction
+) -> LoadedModel:
+    """`reduction` replaces fields of that part, which has no parameters."""
+    made = weighted(axes, devices, direction, layers, dtype)
+    reduction = dataclasses.replace(made.config.model.reduction, **reduction)
+    model = dataclasses.replace(made.config.model, reduction=reduction)
+    config = dataclasses.replace(made.config, model=model)
+    return dataclasses.replace(made, config=config, model=StormModel(model))
 
 
 def video(frames, seed=0) -> np.ndarray:
@@ -72,7 +79,7 @@ class Offline:
         segments = padded(np.zeros(count, np.int32), -1)
         groups = padded(config.reduction.frame_groups(count), -1)
         with jax.set_mesh(self._model.mesh):
-            tokens = self._encode(self._model.params, padded(frames, 0), segments, groups)
+            tokens = self._encode(self._model.weights.encoder, padded(frames, 0), segments, groups)
         tokens = np.asarray(tokens)[0].reshape(-1, config.group_tokens, config.decoder.width)
         return tokens[: config.reduction.groups(count)]
 
@@ -98,12 +105,12 @@ def pushed(stream, frames, rng, at_most=7):
         frames = frames[n:]
 
 
-POOLED = {"reduction": {"temporal_pool": 4, "spatial_pool": 2, "temporal_sampling": 1}}
+POOLED = {"temporal_pool": 4, "spatial_pool": 2}
 CASES = {
-    "plain": {"reduction": {"temporal_pool": 1}},
+    "plain": {"temporal_pool": 1},
     "pooled": POOLED,
-    "sampled": {"reduction": {"temporal_pool": 3, "temporal_sampling": 2}},
-    "no temporal encoder": {"temporal": {"layers": 0}},
+    "sampled": {"temporal_pool": 3, "temporal_sampling": 2},
+    "no temporal encoder": {"layers": 0},
 }
 
 
@@ -126,8 +133,7 @@ def test_equal_to_offline_while_the_budget_lasts(case, batch):
 @pytest.mark.parametrize("policy", ["recent", "spread"])
 @pytest.mark.parametrize("capacity", [2, 5])
 def test_beyond_the_budget_the_kept_groups_are_those_of_offline(policy, capacity):
-    reduction = {"temporal_pool": 2, "temporal_sampling": 2}
-    model, rng = loaded(reduction=reduction), np.random.default_rng(capacity)
+    model, rng = loaded(temporal_pool=2, temporal_sampling=2), np.random.default_rng(capacity)
     frames = video(61)
     offline = Offline(model, len(frames))
     # A batch of 16 frames brings more groups than there are slots.
@@ -215,7 +221,7 @@ def test_warming_up_changes_nothing():
 
 def test_refusals():
     with pytest.raises(ConfigError, match="direction='bidirectional'"):
-        Stream(loaded(temporal={"direction": "bidirectional"}), budget=40)
+        Stream(loaded(direction="bidirectional"), budget=40)
     with pytest.raises(ConfigError, match="budget=3.*4 of one"):
         Stream(loaded(), budget=3)
     with pytest.raises(ConfigError, match="batch=0"):

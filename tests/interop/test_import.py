@@ -131,7 +131,7 @@ def test_decoders(family, tmp_path):
     decoder = with_params(lambda: Decoder(found, nnx.Rngs(0)), params)
     positions = jnp.tile(jnp.arange(17), (2, 1))
     with jax.default_matmul_precision("highest"):
-        hidden, _ = decoder(decoder.embed(jnp.asarray(ids), jnp.float32), positions)
+        hidden = decoder(decoder.embed(jnp.asarray(ids), jnp.float32), positions)
         logits = decoder.logits(hidden)
     with torch.no_grad():
         expected = reference(torch.as_tensor(ids)).logits.numpy()

@@ -7,6 +7,7 @@ then every layer's hidden states, the logits and 64 greedy tokens are compared, 
 import copy
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,20 @@ import numpy as np
 import pytest
 
 from storm_jax import checkpoint, convert
-from storm_jax.config import ConfigError, MeshConfig, ProjectorConfig, ReductionConfig, VitConfig
-from storm_jax.inference.decode import Decode
-from storm_jax.inference.prefill import LoadedModel, Prefill, Prompt
+from storm_jax.config import (
+    ConfigError,
+    MeshConfig,
+    ProjectorConfig,
+    ReductionConfig,
+    RunConfig,
+    VitConfig,
+)
+from storm_jax.inference.engine import Engine
+from storm_jax.inference.load import made_ready
+from storm_jax.inference.sampling import Sampling
 from storm_jax.interop import architecture
 from storm_jax.models.layers import KEEP_ALL, Stack
-from storm_jax.models.storm import StormModel
+from storm_jax.models.storm import Params, StormModel
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.state import abstract_params
 from tests.interop import draws
@@ -35,7 +44,16 @@ LENGTHS = (1, 4, 9, 23)  # of sequences; windows are 2 to 7
 NEW_TOKENS = 64
 
 
-def imported(model, out, **parts) -> LoadedModel:
+class Imported(NamedTuple):
+    """A model with parameters of its own."""
+
+    config: RunConfig
+    model: StormModel
+    params: Params
+    mesh: jax.sharding.Mesh
+
+
+def imported(model, out, **parts) -> Imported:
     """What `import_weights` makes of a folder: one part from published weights, the rest zeros."""
     one_device = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor")}
     config = run_config(**one_device, **{"data.sequence_length": 4096})  # room for any frames
@@ -45,19 +63,19 @@ def imported(model, out, **parts) -> LoadedModel:
     abstract = abstract_params(storm, mesh)
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, device=x.sharding), abstract)
     params |= checkpoint.load_params(out, {part: abstract[part] for part in parts})
-    return LoadedModel(config, storm, params, mesh)
+    return Imported(config, storm, params, mesh)
 
 
 def recorded(stack: Stack) -> list[jax.Array]:
     """A list that takes what `stack` carries after each layer, [layers, ...], when it runs."""
     outputs = []
 
-    def scan(body, x, xs=None, *, remat=KEEP_ALL, unrolled=False):
+    def scan(body, x, xs=None, *, remat=KEEP_ALL):
         def both(module, x, inputs):
             x, y = body(module, x, inputs)
             return x, (x, y)
 
-        x, (layers, ys) = Stack.scan(stack, both, x, xs, remat=remat, unrolled=unrolled)
+        x, (layers, ys) = Stack.scan(stack, both, x, xs, remat=remat)
         outputs.append(layers)
         return x, ys
 
@@ -87,7 +105,7 @@ def softened(model):
     return model
 
 
-def compare_decoder(reference, loaded: LoadedModel, rng) -> None:
+def compare_decoder(reference, loaded: Imported, rng) -> None:
     """Every layer's hidden states, the last norm and the logits, wherever there is no padding."""
     ids, mask, positions = padded(rng, left=bool(rng.integers(2)))
 
@@ -96,7 +114,7 @@ def compare_decoder(reference, loaded: LoadedModel, rng) -> None:
         decoder = loaded.model.bind(params).decoder
         layers = recorded(decoder.blocks)
         x = decoder.embed(ids, jnp.float32)
-        hidden, _ = decoder(x, positions, segments)
+        hidden = decoder(x, positions, segments)
         return jnp.concatenate([x[None], layers[0][:-1], hidden[None]]), decoder.logits(hidden)
 
     with jax.set_mesh(loaded.mesh), jax.default_matmul_precision("highest"):
@@ -131,15 +149,17 @@ def causal(reference):
     return alone
 
 
-def compare_generation(reference, loaded: LoadedModel, rng) -> None:
+def compare_generation(reference, loaded: Imported, rng) -> None:
     """Greedy tokens after prompts shorter and longer than the window."""
-    prefill, decode = Prefill(loaded), Decode(loaded)
-    none = np.zeros(0, np.int32)
+    params = jax.tree.map(jnp.copy, loaded.params)
+    engine = Engine(made_ready(loaded.config, params, loaded.mesh), slots=1, context=96)
     for length in (3, 11):
         tokens = rng.integers(1, VOCAB, length).astype(np.int32)
-        prompt = Prompt(tokens, np.zeros((0, 1, 1, 3), np.uint8), none, none)
-        scores, cache = prefill.fill(prompt, None, NEW_TOKENS)
-        got = list(decode(scores, cache, length, new_tokens=NEW_TOKENS, stop=()))
+        slot = engine.admit(tokens, [], Sampling(max_new_tokens=NEW_TOKENS))
+        got = []
+        while progress := engine.step():
+            got += progress[0].tokens
+        engine.release(slot)
         given = torch.as_tensor(tokens[None].astype(np.int64))
         with torch.no_grad():
             expected = reference.generate(
@@ -210,7 +230,7 @@ def _gemma3(config, rng):
 TOWERS = {"alone": _alone, "siglip": _siglip, "paligemma": _paligemma, "gemma3": _gemma3}
 
 
-def compare_tower(tower, loaded: LoadedModel, rng) -> None:
+def compare_tower(tower, loaded: Imported, rng) -> None:
     """Every layer's patches and those after the last norm."""
     config = loaded.config.model.vit
     side = config.image_size

@@ -60,9 +60,9 @@ def params_of(siglip, vit_config) -> dict:
     return vit_params(siglip, LAYERS if last else LAYERS - 1, final_norm=last)
 
 
-def features(vit_config, params, images, remat="none", calls=False, unrolled=False):
+def features(vit_config, params, images, remat="none", calls=False):
     return with_params(lambda: Vit(vit_config, nnx.Rngs(0)), params)(
-        images, jnp.float32, Remat(remat, ("attention",)), calls, unrolled
+        images, jnp.float32, Remat(remat, ("attention",)), calls
     )
 
 
@@ -129,11 +129,11 @@ def loss_and_gradient(siglip):
     images = frames(30)
     weights = np.random.default_rng(2).normal(size=(ROWS, FRAMES, 16, WIDTH)).astype(np.float32)
 
-    def run(frames_per_call, remat="none", calls=False, unrolled=False):
+    def run(frames_per_call, remat="none", calls=False):
         vit_config = config(30, frames_per_call=frames_per_call)
 
         def loss(params):
-            out = features(vit_config, params, images, remat, calls, unrolled)
+            out = features(vit_config, params, images, remat, calls)
             return jnp.sum(jnp.sin(out) * weights), out
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FUSED)
@@ -150,25 +150,25 @@ def all_at_once(loss_and_gradient):
 
 # 5 frames: shares of 1, of 2 (one frame of padding), of 3 (5 = 3 + 2), more than there are.
 @pytest.mark.parametrize(
-    "frames_per_call,remat,calls,unrolled",
+    "frames_per_call,remat,calls",
     [
-        (2, "full", True, False),
-        (3, "none", False, True),
+        (2, "full", True),
+        (3, "none", False),
         *(
             pytest.param(*p, marks=pytest.mark.slow)
             for p in [
-                (1, "none", True, False),
-                (8, "none", False, False),
-                (2, "names", False, True),
+                (1, "none", True),
+                (8, "none", False),
+                (2, "names", False),
             ]
         ),
-        *(pytest.param(0, r, False, False, marks=pytest.mark.slow) for r in ("full", "dots")),
+        *(pytest.param(0, r, False, marks=pytest.mark.slow) for r in ("full", "dots")),
     ],
 )
 def test_micro_batches_and_remat_change_nothing(
-    loss_and_gradient, all_at_once, frames_per_call, remat, calls, unrolled
+    loss_and_gradient, all_at_once, frames_per_call, remat, calls
 ):
-    out, grads = loss_and_gradient(frames_per_call, remat, calls, unrolled)
+    out, grads = loss_and_gradient(frames_per_call, remat, calls)
     np.testing.assert_allclose(out, all_at_once[0], atol=5e-6, rtol=0)
 
     def close(ours, theirs):

@@ -1,0 +1,79 @@
+"""Keys and values of every layer and row: static arrays, a ring for layers that see a window.
+
+Slot t of a layer holds the newest position p with p mod T = t. A layer that attends to everything
+has a slot for each position of the context; one with a window has as many slots as the window.
+
+Axis letters: B rows, K key-value heads, T slots, S tokens, C head dim.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from storm_jax.config import DecoderConfig
+from storm_jax.parallel import sharding
+
+
+class LayerCache(NamedTuple):
+    """Of one layer."""
+
+    k: jax.Array  # [B, K, T, C]
+    v: jax.Array  # [B, K, T, C]
+
+
+Cache = tuple[LayerCache, ...]
+
+AXES: sharding.Axes = (None, "kv_heads", None, None)
+
+
+def window_of(config: DecoderConfig, layer: int) -> int:
+    """How many tokens a layer sees, a token's own included; 0: all."""
+    return 0 if (layer + 1) % config.global_every == 0 else config.window
+
+
+def empty_cache(config: DecoderConfig, rows: int, context: int, dtype: jnp.dtype) -> Cache:
+    """A cache of zeros, for `rows` sequences of up to `context` tokens."""
+
+    def layer(index: int) -> LayerCache:
+        slots = min(context, window_of(config, index) or context)
+        shape = (rows, config.kv_heads, slots, config.head_dim)
+        return LayerCache(*(sharding.shard(jnp.zeros(shape, dtype), *AXES) for _ in range(2)))
+
+    return tuple(layer(index) for index in range(config.layers))
+
+
+def bytes_a_row(config: DecoderConfig, context: int, dtype: jnp.dtype) -> int:
+    """Memory of one row's cache."""
+    cache = jax.eval_shape(lambda: empty_cache(config, 1, context, dtype))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+
+def held_positions(slots: int, filled: jax.Array) -> jax.Array:
+    """The position that each slot holds of a sequence of `filled` tokens, int32 [T]; < 0: none."""
+    last = filled - 1
+    return last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
+
+
+def write(
+    slots_KTC: jax.Array, new_KSC: jax.Array, start: jax.Array, count: jax.Array
+) -> jax.Array:
+    """Puts positions start .. start + count of one row into their slots.
+
+    Args:
+      new_KSC: of positions from `start` on; those behind the first `count` are padding.
+    """
+    T, S = slots_KTC.shape[1], new_KSC.shape[1]
+    j = jnp.arange(S, dtype=jnp.int32)
+    # Of positions that share a slot the last one stays; nothing else may be written twice.
+    lives = (j < count) & (j >= count - T)
+    where = jnp.where(lives, (start + j) % T, T)
+    return slots_KTC.at[:, where].set(new_KSC.astype(slots_KTC.dtype), mode="drop")
+
+
+def write_token(slots_BKTC: jax.Array, new_BKC: jax.Array, positions_B: jax.Array) -> jax.Array:
+    """Puts one token of each row into its slot."""
+    B, _, T, _ = slots_BKTC.shape
+    rows = jnp.arange(B)
+    new = new_BKC.astype(slots_BKTC.dtype)
+    return slots_BKTC.at[rows, :, positions_B % T].set(new, unique_indices=True)

@@ -1,0 +1,256 @@
+"""Answers requests that come and go, in the rows of one cache.
+
+A request is prefilled by itself into a free row; all rows that run are decoded together. One thread
+calls the engine.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from storm_jax.config import VISUAL
+from storm_jax.inference.cache import empty_cache
+from storm_jax.inference.decode import begin, decode, no_rows
+from storm_jax.inference.load import LoadedModel
+from storm_jax.inference.prefill import Encoder, Visual, bucket
+from storm_jax.inference.sampling import Sampling, Wishes
+
+STEPS = 8  # tokens of each row that `step` adds at most
+_PIECE = 512  # tokens that `extend` computes at a time, since their scores are all there
+_SHORTEST = 32  # prompts are padded to this at least
+
+
+class ContextError(ValueError):
+    """A prompt that is too long for the context.
+
+    Attributes:
+      needed: tokens of the prompt, and one for an answer.
+      available: tokens that the context holds.
+    """
+
+    def __init__(self, needed: int, available: int):
+        super().__init__(
+            f"the prompt and one token of an answer need {needed} tokens, but the context holds"
+            f" {available}: take fewer frames or a larger context"
+        )
+        self.needed, self.available = needed, available
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `Engine.step` did for one request.
+
+    Attributes:
+      slot: its row, as `admit` returned it.
+      tokens: new token ids; a stop token is not among them.
+      finish: "stop": a stop token was chosen; "length": no more tokens are allowed, or fit; "": the
+        answer goes on.
+    """
+
+    slot: int
+    tokens: list[int]
+    finish: Literal["", "stop", "length"]
+
+
+@dataclass
+class _Slot:
+    """What the host knows about a row."""
+
+    length: int = 0  # tokens in its cache when it is not running
+    first: bool = False  # the token that `admit` chose was not returned yet
+    running: bool = False
+    behind: list[int] = field(default_factory=list)  # returned, not yet in the cache
+
+
+class Engine:
+    """`slots` answers at a time, each with its prompt in at most `context` tokens."""
+
+    def __init__(self, loaded: LoadedModel, *, slots: int, context: int):
+        self.loaded = loaded
+        self.context = context
+        self.encode_frames = Encoder(loaded)
+        self._free = list(range(slots - 1, -1, -1))
+        self._slots: dict[int, _Slot] = {}
+        decoder = loaded.decoder
+        config = loaded.config.model.decoder
+        with jax.set_mesh(loaded.mesh):
+            dtype = jnp.dtype(loaded.config.model.dtype)
+            # As the programs below return them, so that the first call is compiled once.
+            self._cache = jax.jit(lambda: empty_cache(config, slots, context, dtype))()
+            self._rows = jax.jit(lambda: no_rows(slots, config.vocab_size))()
+
+        def seen(tokens, count):
+            there = (jnp.arange(len(tokens)) < count) & (tokens != VISUAL)
+            ids = jnp.where(there, tokens, config.vocab_size)
+            return jnp.zeros(config.vocab_size, bool).at[ids].set(True, mode="drop")
+
+        @functools.partial(jax.jit, donate_argnums=(1, 2))
+        def fill(weights, cache, rows, row, tokens, count, visual, limit, wishes):
+            scores, cache = decoder.prefill(weights, cache, row, tokens, count, visual)
+            return cache, begin(rows, row, scores[0], count, limit, seen(tokens, count), wishes)
+
+        @functools.partial(jax.jit, donate_argnums=(1, 2))
+        def further(weights, cache, rows, row, tokens, start, count, visual, first, limit, wishes):
+            scores, cache = decoder.extend(weights, cache, row, tokens, start, count, visual, first)
+            known = rows.seen[row] | seen(tokens, count)
+            return cache, begin(rows, row, scores[0], start + count, limit, known, wishes)
+
+        @functools.partial(jax.jit, donate_argnums=(1, 2))
+        def run(weights, cache, rows, until_one):
+            cache, rows, out = decode(decoder, weights, cache, rows, STEPS, until_one)
+            return cache, rows, (out, rows.running, rows.stopped, rows.position)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def halt(rows, row):
+            return rows._replace(running=rows.running.at[row].set(False))
+
+        self._fill, self._further, self._run, self._halt = fill, further, run, halt
+
+    @property
+    def free_slots(self) -> int:
+        """Requests that can be admitted now."""
+        return len(self._free)
+
+    def encode(self, frames: np.ndarray | Iterable[np.ndarray]) -> Visual:
+        """Visual tokens of one medium, see `Encoder`."""
+        return self.encode_frames(frames)
+
+    def admit(self, tokens: np.ndarray, media: Sequence[Visual], sampling: Sampling) -> int:
+        """Starts an answer.
+
+        Args:
+          tokens: int32 [n] of `data.text.encode_prompt`, VISUAL where a visual token stands.
+          media: of the prompt in order; their counts add to the number of VISUAL.
+
+        Returns:
+          The slot, for `step`, `extend` and `release`.
+
+        Raises:
+          ContextError: the prompt is too long.
+          RuntimeError: no slot is free.
+          ValueError: tokens and media do not fit each other.
+        """
+        n = self._check(tokens, media, 0)
+        if not self._free:
+            raise RuntimeError(f"all {len(self._slots)} slots are taken")
+        slot = self._free.pop()
+        self._slots[slot] = _Slot()
+        limit = min(sampling.max_new_tokens, self.context - n)
+        length = min(max(bucket(n, 8), _SHORTEST), self.context)
+        with jax.set_mesh(self.loaded.mesh):
+            self._cache, self._rows = self._fill(
+                self.loaded.weights, self._cache, self._rows, np.int32(slot),
+                _padded(tokens, length), np.int32(n), _joined(media), np.int32(limit),
+                Wishes.of(sampling),
+            )  # fmt: skip
+        self._start(slot, n)
+        return slot
+
+    def extend(
+        self, slot: int, tokens: np.ndarray, media: Sequence[Visual], sampling: Sampling
+    ) -> None:
+        """Goes on with further tokens behind an answer, for a conversation of several turns.
+
+        The cache keeps the prompt and every token that `step` returned. An answer that is still
+        being made ends where it stands.
+
+        Args:
+          tokens: what follows the answer: the end of its turn, the next question, the header of the
+            next answer. The rest is as in `admit`.
+        """
+        state = self._slots[slot]
+        with jax.set_mesh(self.loaded.mesh):
+            if state.running:
+                self._rows = self._halt(self._rows, np.int32(slot))
+                state.running = False
+            tokens = np.concatenate([np.asarray(state.behind, np.int32), tokens])
+            n = self._check(tokens, media, state.length)
+            limit = min(sampling.max_new_tokens, self.context - state.length - n)
+            visual, used = _joined(media), 0
+            for at in range(0, n, _PIECE):
+                piece = tokens[at : at + _PIECE]
+                self._cache, self._rows = self._further(
+                    self.loaded.weights, self._cache, self._rows, np.int32(slot),
+                    _padded(piece, min(max(bucket(len(piece), 2), _SHORTEST), _PIECE)),
+                    np.int32(state.length + at), np.int32(len(piece)), visual, np.int32(used),
+                    np.int32(limit), Wishes.of(sampling),
+                )  # fmt: skip
+                used += int((piece == VISUAL).sum())
+        self._start(slot, state.length + n)
+
+    def step(self) -> list[Progress]:
+        """Adds a few tokens to every answer; an entry for each that is being made.
+
+        With a free slot it returns after `STEPS` steps, else as soon as an answer ends.
+        """
+        active = {slot: state for slot, state in self._slots.items() if state.running}
+        if not active:
+            return []
+        first = np.asarray(self._rows.token)
+        with jax.set_mesh(self.loaded.mesh):
+            self._cache, self._rows, news = self._run(
+                self.loaded.weights, self._cache, self._rows, np.bool_(not self._free)
+            )
+        out, running, stopped, position = jax.device_get(news)
+        progress = []
+        for slot, state in active.items():
+            tokens = [int(t) for t in out[slot] if t >= 0]
+            if state.first:
+                # Chosen by `admit`; -1 where that was a stop token.
+                state.first = False
+                if not (stopped[slot] and not tokens and position[slot] == state.length):
+                    tokens.insert(0, int(first[slot]))
+            finish: Literal["", "stop", "length"] = ""
+            if not running[slot]:
+                finish = "stop" if stopped[slot] else "length"
+            state.running = bool(running[slot])
+            if tokens:
+                state.behind = [tokens[-1]]
+            if finish == "stop":
+                state.behind = []
+            state.length = int(position[slot])
+            progress.append(Progress(slot, tokens, finish))
+        return progress
+
+    def release(self, slot: int) -> None:
+        """Frees a slot, also in the middle of an answer."""
+        state = self._slots.pop(slot)
+        if state.running:
+            with jax.set_mesh(self.loaded.mesh):
+                self._rows = self._halt(self._rows, np.int32(slot))
+        self._free.append(slot)
+        self._free.sort(reverse=True)
+
+    def _start(self, slot: int, length: int) -> None:
+        self._slots[slot] = _Slot(length=length, first=True, running=True)
+
+    def _check(self, tokens: np.ndarray, media: Sequence[Visual], held: int) -> int:
+        n, visual = len(tokens), int((tokens == VISUAL).sum())
+        counted = sum(m.count for m in media)
+        if visual != counted:
+            raise ValueError(f"{visual} VISUAL tokens, but the media have {counted}")
+        if not n:
+            raise ValueError("an empty prompt")
+        if held + n + 1 > self.context:
+            raise ContextError(held + n + 1, self.context)
+        return n
+
+
+def _padded(tokens: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(tokens.astype(np.int32), (0, length - len(tokens)))
+
+
+def _joined(media: Sequence[Visual]) -> jax.Array | None:
+    """The visual tokens of several media, one behind the other."""
+    if not media:
+        return None
+    if len(media) == 1:
+        return media[0].tokens
+    joined = jnp.concatenate([m.tokens[: m.count] for m in media])
+    more = bucket(len(joined), 4) - len(joined)
+    return jnp.pad(joined, ((0, more), (0, 0)))

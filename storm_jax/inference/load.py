@@ -1,0 +1,113 @@
+"""A checkpoint made ready to answer."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from storm_jax import checkpoint
+from storm_jax.config import MeshConfig, RunConfig
+from storm_jax.data import text
+from storm_jax.inference.decoder import CachedDecoder
+from storm_jax.inference.weights import Quantization, Weights, prepare
+from storm_jax.models.storm import Params, StormModel
+from storm_jax.parallel.mesh import make_mesh
+from storm_jax.training.state import abstract_params
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and its parameters, in the dtype that it computes with."""
+
+    config: RunConfig
+    model: StormModel
+    weights: Weights
+    mesh: jax.sharding.Mesh
+
+    @property
+    def decoder(self) -> CachedDecoder:
+        """Functions of the weights' decoder."""
+        return CachedDecoder(self.config.model.decoder, jnp.dtype(self.config.model.dtype))
+
+
+def load(
+    path: str | Path, *, quantization: Quantization = "", devices: list[jax.Device] | None = None
+) -> LoadedModel:
+    """Reads the configuration and the parameters of a checkpoint.
+
+    Args:
+      path: a training workdir, or one checkpoint in it.
+      quantization: of the decoder's matrices, see `weights.prepare`.
+      devices: over which heads, hidden units and vocabulary are split, and frames; None: all.
+
+    Raises:
+      CheckpointError: there is none, or it is of another layout.
+    """
+    config = checkpoint.read_config(path)
+    model, mesh = StormModel(config.model), _mesh(devices)
+    abstract = abstract_params(model, mesh, jnp.dtype(config.model.dtype))
+    params = checkpoint.load_params(path, abstract)
+    return made_ready(config, params, mesh, quantization)
+
+
+def load_tokenizer(path: str | Path, name: str):
+    """The tokenizer that was saved beside the checkpoints, else the one that the config names.
+
+    Args:
+      path: as in `load`.
+      name: as in `data.text.load_tokenizer`.
+    """
+    saved = checkpoint.find(path)[0].parent / "tokenizer"
+    return text.load_tokenizer(str(saved) if saved.is_dir() else name)
+
+
+def random(
+    config: RunConfig,
+    *,
+    quantization: Quantization = "",
+    devices: list[jax.Device] | None = None,
+    seed: int = 0,
+) -> LoadedModel:
+    """A model with random parameters, for measurements; `load` has the arguments."""
+    model, mesh = StormModel(config.model), _mesh(devices)
+    abstract = abstract_params(model, mesh, jnp.dtype(config.model.dtype))
+
+    def normal(index: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        # Each by itself: all at once would be held in float32 beside each other.
+        fan_in = max(int(np.prod(leaf.shape[:-1])) // max(leaf.shape[0], 1), 1)
+
+        @jax.jit
+        def make():
+            x = jax.random.normal(jax.random.key(seed * 100_003 + index), leaf.shape, leaf.dtype)
+            return jax.device_put(x * fan_in**-0.5, leaf.sharding)
+
+        return make()
+
+    leaves, tree = jax.tree.flatten(abstract)
+    params = jax.tree.unflatten(tree, [normal(i, leaf) for i, leaf in enumerate(leaves)])
+    return made_ready(config, params, mesh, quantization)
+
+
+def made_ready(
+    config: RunConfig, params: Params, mesh: jax.sharding.Mesh, quantization: Quantization = ""
+) -> LoadedModel:
+    """`params` on `mesh`, in the model's dtype, rearranged; they are used up."""
+    weights = prepare(params, config.model.decoder, mesh, quantization)
+    return LoadedModel(config, StormModel(config.model), weights, mesh)
+
+
+def with_frames(config: RunConfig, max_frames: int) -> RunConfig:
+    """The configuration with another number of frames taken from a video."""
+    frames = dataclasses.replace(config.data.frames, max_frames=max_frames)
+    length = max(config.data.sequence_length, config.model.visual_tokens(max_frames) + 1)
+    data = dataclasses.replace(
+        config.data, frames=frames, row_frames=max_frames, sequence_length=length
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def _mesh(devices: list[jax.Device] | None) -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(data=1, tensor=-1), devices)

@@ -1,0 +1,68 @@
+"""Token ids of an answer as text, while it grows."""
+
+from collections.abc import Sequence
+
+
+class AnswerText:
+    """The text of one answer.
+
+    Text is given out when it can no longer change: half a character waits for its other half, and
+    what may become a stop string waits until it is one or cannot be.
+
+    Args:
+      tokenizer: of transformers; special tokens are left out.
+      stop_strings: the answer ends before the first of them.
+    """
+
+    def __init__(self, tokenizer, stop_strings: Sequence[str] = ()):
+        self._tokenizer = tokenizer
+        self._stops = [s for s in stop_strings if s]
+        self._ids: list[int] = []  # from the start of the last piece of text on
+        self._given = ""  # text of these ids that is in `_held` or was given out
+        self._held = ""  # final, but may begin a stop string
+        self.stopped = False
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Takes further ids; returns text that has become final, which may be none."""
+        if self.stopped:
+            return ""
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if text.endswith("\ufffd") and len(text) - len(self._given) < 8:
+            return ""
+        new, self._given = text[len(self._given) :], text
+        if len(self._ids) > 64 and new:
+            # Tokens of a word's start decode differently alone, so some stay for what follows.
+            self._ids = self._ids[-8:]
+            self._given = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return self._release(new)
+
+    def close(self) -> str:
+        """What was held back, when no id follows."""
+        if self.stopped:
+            return ""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        new, self._given = text[len(self._given) :], text
+        given = self._release(new)
+        if self.stopped:
+            return given
+        rest, self._held = self._held, ""
+        return given + rest
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        found = [at for at in (text.find(s) for s in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, s) for s in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`."""
+    for n in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
