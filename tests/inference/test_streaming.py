@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from storm_jax.config import ConfigError, MeshConfig
+from storm_jax.config import VISUAL, ConfigError, MeshConfig
+from storm_jax.inference.engine import Engine
 from storm_jax.inference.load import LoadedModel, made_ready
+from storm_jax.inference.prefill import Visual
+from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.streaming import Stream
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel.mesh import make_mesh
@@ -17,13 +20,16 @@ from storm_jax.training.state import abstract_params
 from tests.tiny import run_config, tiny_model
 
 ONE = MeshConfig(data=1)
+UNTIED = {"tied_embeddings": False}  # else a random model repeats the last token
 
 
 @functools.cache
 def weighted(axes: MeshConfig, devices: int, direction: str, layers: int, dtype: str):
     """A model with random parameters, as it is loaded."""
     temporal = {"direction": direction, "layers": layers}
-    run = dataclasses.replace(run_config(), model=tiny_model(temporal=temporal, dtype=dtype))
+    run = dataclasses.replace(
+        run_config(), model=tiny_model(temporal=temporal, decoder=UNTIED, dtype=dtype)
+    )
     model, mesh = StormModel(run.model), make_mesh(axes, jax.devices()[:devices])
     abstract = abstract_params(model, mesh, jnp.dtype(dtype))
     params = jax.tree.map(
@@ -231,3 +237,35 @@ def test_refusals():
         stream.push(np.zeros((1, 12, 12, 3), np.float32))
     with pytest.raises(ValueError, match=r"\(1, 9, 12, 3\), expected uint8 \[F, 12, 12, 3\]"):
         stream.push(np.zeros((1, 9, 12, 3), np.uint8))
+
+
+# ----------------------------------------------------------------------------------------- answers
+
+
+def answer(engine: Engine, visual) -> list[int]:
+    tokens = np.array([2, 7, *[VISUAL] * visual.count, 11, 12, 13], np.int32)
+    slot = engine.admit(tokens, [visual], Sampling(max_new_tokens=12))
+    ids = []
+    while progress := engine.step():
+        ids += progress[0].tokens
+    engine.release(slot)
+    return ids
+
+
+def test_the_same_greedy_answers_as_offline():
+    model, frames = loaded(temporal_pool=2), video(24)
+    engine = Engine(model, slots=1, context=96)
+    stream = Stream(model, budget=12 * 4, batch=5)
+    answers = []
+    for until, more in ((5, 5), (14, 9), (24, 10)):
+        stream.push(frames[until - more : until])
+        answers.append(answer(engine, stream.visual()))
+        assert answers[-1] == answer(engine, engine.encode(frames[:until]))
+    assert len({tuple(ids) for ids in answers}) > 1  # frames have a say
+    # Beyond the budget: as offline with the tokens of the kept groups alone.
+    stream.push(video(9, seed=1))
+    visual = stream.visual()
+    tokens = engine.encode(np.concatenate([frames, video(9, seed=1)])).tokens
+    kept = tokens[: 17 * 4].reshape(17, 4, -1)[np.array(stream.groups)].reshape(12 * 4, -1)
+    assert stream.groups == list(range(5, 17))
+    assert answer(engine, visual) == answer(engine, Visual(kept, 12 * 4, 33, 33 * 4))
