@@ -11,6 +11,7 @@ checkpoint cannot be used, or the source was lost; 2 the flags make no sense; 3 
 long for the context; 130 interrupted.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 from absl import app, flags
 
 from storm_jax import checkpoint
@@ -197,18 +199,25 @@ class Asker:
         self.answered = 0
         self.too_long = 0
 
+    def warm_up(self) -> None:
+        """Compiles what answers a short question about a full budget, by answering one."""
+        visual = self._stream.visual()
+        full = dataclasses.replace(visual, count=len(visual.tokens))
+        tokens = self._prompt("What can be seen?", [full])
+        slot = self._engine.admit(tokens, [full], Sampling(max_new_tokens=2))
+        while self._engine.step():
+            pass
+        self._engine.release(slot)
+
     def ask(self, question: str, seconds: float) -> None:
         """Begins an answer from all frames so far, or says why there is none."""
         began = time.perf_counter()
-        visual = self._stream.visual()
-        media = [visual] if visual.count else []
         if text.PLACEHOLDER.search(question):
             self._refuse(question, seconds, "a question cannot hold <video> or <image>", {})
             return
-        turns = (Turn("user", f"<video>\n{question}" if media else question),)
-        tokens = text.encode_prompt(
-            self._tokenizer, self._template, turns, [medium.count for medium in media]
-        )
+        visual = self._stream.visual()
+        media = [visual] if visual.count else []
+        tokens = self._prompt(question, media)
         try:
             slot = self._engine.admit(tokens, media, self._sampling)
         except ContextError as error:
@@ -220,6 +229,11 @@ class Asker:
             print(f"[{seconds:.1f} s] {question}", flush=True)
         written = AnswerText(self._tokenizer)
         self.now = Answer(slot, question, seconds, visual, written, began)
+
+    def _prompt(self, question: str, media: list[Visual]) -> np.ndarray:
+        turns = (Turn("user", f"<video>\n{question}" if media else question),)
+        counts = [medium.count for medium in media]
+        return text.encode_prompt(self._tokenizer, self._template, turns, counts)
 
     def _refuse(self, question: str, seconds: float, reason: str, sizes: dict) -> None:
         if _JSON.value:
@@ -296,7 +310,9 @@ class Watch:
             if self._waiting and self.asker.now is None:
                 self.asker.ask(self._waiting.popleft(), self.seconds)
             self.asker.step()
-            if self._over and self.asker.now is None and not self._waiting:
+            # Nothing is left to do where no frame will come, or nobody could ask about it.
+            over = self._ended or not self.questions.more
+            if over and self.asker.now is None and not self._waiting:
                 question = self.questions.at_end()
                 if question is not None:
                     self._waiting.append(question)
@@ -304,10 +320,9 @@ class Watch:
                     return
 
     @property
-    def _over(self) -> bool:
-        """Whether no frame will come, or nobody could ask about it."""
-        ended = self.lost is not None or (self.feed.ended and self._frame is None)
-        return ended or not self.questions.more
+    def _ended(self) -> bool:
+        """Whether all frames are in the stream."""
+        return self.lost is not None or (self.feed.ended and self._frame is None)
 
     def _take(self, timeout: float) -> None:
         """Gives the next frame to the stream, unless a question comes before it."""
@@ -318,6 +333,8 @@ class Watch:
                 self.lost = error
                 note(f"error: {error}")
         if self._frame is None:
+            if self._ended:
+                time.sleep(timeout)  # nothing but typed questions can come
             return
         question = self.questions.due(self._frame.time)
         if question is not None:
@@ -346,6 +363,8 @@ def run() -> int:
     )
     note(f"compiling for batches of {stream.batch} frames ...")
     stream.warm_up()
+    if source.drop:  # else the source waits, and shorter answers to fewer frames come first
+        asker.warm_up()
     note(f"ready after {time.perf_counter() - began:.1f} s; watching {_SOURCE.value}")
     feed = live.Feed(source.frames, depth=2 * stream.batch, drop=source.drop)
     watch = Watch(feed, stream, asker, questions, source.drop)
@@ -357,7 +376,7 @@ def run() -> int:
         interrupted = True
     finally:
         feed.close()
-    stream.wait()
+    stream.visual()  # the last frames may wait for a full batch
     summarise(watch, time.perf_counter() - began)
     if interrupted:
         return INTERRUPTED
