@@ -6,11 +6,12 @@
 Builds configs/long.py:size=SIZE with a temporal encoder that runs forward only and random
 parameters, and gives it random frames, which cost nothing to make: decoding is not measured here
 (benchmarks/decode.py does). Every batch is timed from `Stream.push` until the device has taken it
-in. After every `--snapshot` frames the visual tokens are gathered as for a question, and memory is
-noted: the process's resident set, the arrays that JAX holds, and what the device reports where it
-does (GPU, TPU). The early figure is the median of the first tenth of batches behind frame 100, the
-late one that of the last tenth; process time is there since other work on the machine shifts wall
-time. Results go to benchmarks/results/streaming_SIZE.json.
+in. A hundred times the visual tokens are gathered as
+for a question, and memory is noted: the process's resident set, the arrays that JAX holds, and what
+the device reports where it does (GPU, TPU). Early figures are of the first tenth behind frame 100,
+late ones of the last. Since other work on the machine comes and goes, the old stream and a new one
+that stands at frame 100 are timed side by side at the end, batch by batch in turns: the ratio of
+these two medians is the figure to look at. Results go to benchmarks/results/streaming_SIZE.json.
 """
 
 import argparse
@@ -74,23 +75,43 @@ def tenths(values: list[float]) -> dict:
     }
 
 
+def pushed(stream: Stream, images: np.ndarray) -> tuple[float, float]:
+    """Takes the next batch in; wall and process time a frame, milliseconds."""
+    first = stream.frames % IMAGES
+    start, start_cpu = time.perf_counter(), time.process_time()
+    stream.push(images[first : first + stream.batch])
+    stream.wait()
+    seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    return 1e3 * seconds / stream.batch, 1e3 * cpu / stream.batch
+
+
+def side_by_side(old: Stream, new: Stream, images: np.ndarray, batches: int) -> dict:
+    """The two streams in turns."""
+    new.warm_up()
+    while new.frames < SETTLED:
+        pushed(new, images)
+    at = {"old": old.frames, "new": new.frames}
+    times = {"old": [], "new": []}
+    for i in range(batches):
+        both = (("old", old), ("new", new))
+        for name, stream in both if i % 2 else both[::-1]:
+            times[name].append(pushed(stream, images)[0])
+    figures = {name: {"frame": at[name], **spread(x)} for name, x in times.items()}
+    ratio = figures["old"]["median"] / figures["new"]["median"]
+    return {**figures, "old_over_new": ratio}
+
+
 def measure(stream: Stream, images: np.ndarray, frames: int, snapshot: int) -> dict:
     """Runs the stream up to `frames` frames."""
-    batch = stream.batch
     stream.warm_up()
     wall, processor, visual, held = [], [], [], []
     began = time.perf_counter()
     told = next_snapshot = SETTLED
     while stream.frames < frames:
-        first = stream.frames % IMAGES
-        chunk = images[first : first + batch]
-        start, start_cpu = time.perf_counter(), time.process_time()
-        stream.push(chunk)
-        stream.wait()
-        seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        seconds, cpu = pushed(stream, images)
         if stream.frames > SETTLED:
-            wall.append(1e3 * seconds / batch)
-            processor.append(1e3 * cpu / batch)
+            wall.append(seconds)
+            processor.append(cpu)
         if stream.frames >= next_snapshot:
             next_snapshot += snapshot
             start = time.perf_counter()
@@ -111,7 +132,7 @@ def measure(stream: Stream, images: np.ndarray, frames: int, snapshot: int) -> d
             "first": held[0],
             "last": held[-1],
             "largest": {kind: max(m[kind] for m in held) for kind in kinds},
-            "all": held,
+            "between": held[:: max(len(held) // 10, 1)],
         },
         "frames_per_second": stream.frames / (time.perf_counter() - began),
     }
@@ -125,6 +146,7 @@ def main() -> None:
     parser.add_argument("--policy", choices=POLICIES, default="recent")
     parser.add_argument("--budget", type=int, default=0, help="visual tokens; 0: as in training")
     parser.add_argument("--snapshot", type=int, default=0, help="frames; 0: a hundredth of all")
+    parser.add_argument("--compared", type=int, default=1000, help="batches, old and new stream")
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of the config")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
@@ -133,11 +155,17 @@ def main() -> None:
     changes = ['model.temporal.direction="forward"', *args.set]
     config = configured("long", args.size, changes)
     loaded = load.random(config, devices=jax.devices()[:1])
-    stream = Stream(loaded, budget=args.budget, policy=args.policy, batch=args.batch)
+
+    def new_stream() -> Stream:
+        return Stream(loaded, budget=args.budget, policy=args.policy, batch=args.batch)
+
+    stream = new_stream()
     side = config.model.vit.image_size
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (IMAGES, side, side, 3), dtype=np.uint8)
     snapshot = args.snapshot or max(args.frames // 100, args.batch)
+    measured = measure(stream, images, args.frames, snapshot)
+    compared = side_by_side(stream, new_stream(), images, args.compared)
     result = {
         "size": args.size,
         "frames": args.frames,
@@ -148,7 +176,8 @@ def main() -> None:
         "reduction": dataclasses.asdict(config.model.reduction),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        **measure(stream, images, args.frames, snapshot),
+        **measured,
+        "milliseconds_per_frame_in_turns": compared,
         **machine.describe(),
     }
     out = pathlib.Path(args.out or ROOT / "benchmarks/results" / f"streaming_{args.size}.json")
@@ -160,6 +189,11 @@ def main() -> None:
             f"{name}: early {figures['early']['median']:.3f}, late {figures['late']['median']:.3f},"
             f" ratio {figures['late_over_early']:.3f}"
         )
+    print(
+        f"in turns: frame {compared['old']['frame']} {compared['old']['median']:.3f} ms, frame"
+        f" {compared['new']['frame']} {compared['new']['median']:.3f} ms, ratio"
+        f" {compared['old_over_new']:.3f}"
+    )
     first, last = (result["memory_megabytes"][k] for k in ("first", "last"))
     print(f"memory at frame {first['frame']}: {first}; at frame {last['frame']}: {last}")
     print(out)

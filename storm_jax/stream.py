@@ -18,26 +18,30 @@ import os
 import re
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 from absl import app, flags
 
 from storm_jax import checkpoint
 from storm_jax.config import ConfigError
 from storm_jax.data import live, text
 from storm_jax.data.container import MediaError
-from storm_jax.data.records import Turn
-from storm_jax.inference import load
-from storm_jax.inference.engine import ContextError, Engine
 from storm_jax.inference.history import POLICIES
-from storm_jax.inference.prefill import Visual
+from storm_jax.inference.load import load, load_tokenizer
 from storm_jax.inference.questions import Questions
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.streaming import Stream
-from storm_jax.inference.text import AnswerText
+from storm_jax.inference.watching import (
+    Answered,
+    Asked,
+    Asker,
+    Event,
+    Piece,
+    Refused,
+    TooLong,
+    Watch,
+)
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
@@ -51,7 +55,7 @@ _SOURCE = flags.DEFINE_string(
 )
 _FPS = flags.DEFINE_float("fps", 1.0, "Frames taken a second; 0: all.", 0.0)
 _REALTIME = flags.DEFINE_bool(
-    "realtime", False, "Play a file or a pipe at its own pace, dropping frames that are too late."
+    "realtime", False, "Play a file at its own pace, and drop frames that come too fast."
 )
 _SIZE = flags.DEFINE_string("size", None, "WIDTHxHEIGHT of raw frames.")
 _RATE = flags.DEFINE_float("rate", 0.0, "Raw frames that come a second; 0: as --fps.", 0.0)
@@ -113,7 +117,12 @@ def open_source(size: int) -> Source:
       size: side of the model's frames, pixels.
     """
     name, fps = _SOURCE.value, _FPS.value
-    options = {key: value for key, _, value in (pair.partition("=") for pair in _OPTION.value)}
+    options = {}
+    for pair in _OPTION.value:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise usage(f"--source_option={pair} is not KEY=VALUE")
+        options[key] = value
     if name == "-":
         match = re.fullmatch(r"(\d+)x(\d+)", _SIZE.value or "")
         if match is None or "0" in match.groups():
@@ -160,214 +169,103 @@ def timed_questions() -> list[tuple[float, str]]:
     return asks
 
 
-# -------------------------------------------------------------------------------------- the answers
+# ------------------------------------------------------------------------------------ what is shown
 
 
-@dataclass
-class Answer:
-    """A question that is being answered."""
+class Printer:
+    """Writes what happens on standard output.
 
-    slot: int
-    question: str
-    seconds: float  # of stream time, when it was asked
-    visual: Visual
-    text: AnswerText
-    began: float
-    first: float = 0.0  # seconds until the first piece of text
-    written: list[str] = field(default_factory=list)
-    tokens: int = 0
+    Attributes:
+      answered, too_long: questions so far.
+    """
 
-
-class Asker:
-    """Answers one question at a time about what a stream has shown."""
-
-    def __init__(self, loaded: load.LoadedModel, stream: Stream, tokenizer):
-        config = loaded.config
-        self._stream, self._tokenizer = stream, tokenizer
-        self._template = config.data.chat_template
-        room = stream.capacity * config.model.group_tokens
-        context = room + _QUESTION_TOKENS.value + _NEW_TOKENS.value
-        self._engine = Engine(loaded, slots=1, context=context)
-        self._sampling = Sampling(
-            max_new_tokens=_NEW_TOKENS.value,
-            temperature=_TEMPERATURE.value,
-            top_p=_TOP_P.value,
-            seed=_SEED.value,
-            stop_tokens=text.stop_tokens(tokenizer, self._template),
-        )
-        self.now: Answer | None = None
+    def __init__(self, as_json: bool):
+        self._as_json = as_json
         self.answered = 0
         self.too_long = 0
 
-    def warm_up(self) -> None:
-        """Compiles what answers a short question about a full budget, by answering one."""
-        visual = self._stream.visual()
-        full = dataclasses.replace(visual, count=len(visual.tokens))
-        tokens = self._prompt("What can be seen?", [full])
-        slot = self._engine.admit(tokens, [full], Sampling(max_new_tokens=2))
-        while self._engine.step():
-            pass
-        self._engine.release(slot)
-
-    def ask(self, question: str, seconds: float) -> None:
-        """Begins an answer from all frames so far, or says why there is none."""
-        began = time.perf_counter()
-        if text.PLACEHOLDER.search(question):
-            self._refuse(question, seconds, "a question cannot hold <video> or <image>", {})
-            return
-        visual = self._stream.visual()
-        media = [visual] if visual.count else []
-        tokens = self._prompt(question, media)
-        try:
-            slot = self._engine.admit(tokens, media, self._sampling)
-        except ContextError as error:
-            self.too_long += 1
-            sizes = {"needed": error.needed, "available": error.available}
-            self._refuse(question, seconds, f"{error}; raise --question_tokens", sizes)
-            return
-        if not _JSON.value:
-            print(f"[{seconds:.1f} s] {question}", flush=True)
-        written = AnswerText(self._tokenizer)
-        self.now = Answer(slot, question, seconds, visual, written, began)
-
-    def _prompt(self, question: str, media: list[Visual]) -> np.ndarray:
-        turns = (Turn("user", f"<video>\n{question}" if media else question),)
-        counts = [medium.count for medium in media]
-        return text.encode_prompt(self._tokenizer, self._template, turns, counts)
-
-    def _refuse(self, question: str, seconds: float, reason: str, sizes: dict) -> None:
-        if _JSON.value:
-            event = {"event": "error", "time": seconds, "question": question, "error": reason}
-            print(json.dumps(event | sizes), flush=True)
-        else:
-            note(f"error: {reason}: {question}")
-
-    def step(self) -> None:
-        """A few tokens of the answer."""
-        for progress in self._engine.step():
-            answer = self.now
-            assert answer is not None and progress.slot == answer.slot
-            piece = answer.text.push(progress.tokens)
-            if progress.finish:
-                piece += answer.text.close()
-            answer.tokens += len(progress.tokens)
-            if not answer.written:
-                answer.first = time.perf_counter() - answer.began
-            answer.written.append(piece)
-            if not _JSON.value:
-                print(piece, end="\n" if progress.finish else "", flush=True)
-            if progress.finish:
-                self._engine.release(answer.slot)
-                self.now = None
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Asked(seconds, question):
+                self._text(f"[{seconds:.1f} s] {question}\n")
+            case Piece(piece):
+                self._text(piece)
+            case Answered():
                 self.answered += 1
-                if _JSON.value:
-                    self._report(answer, progress.finish)
+                self._text("\n")
+                self.line("answer", dataclasses.asdict(event))
+            case Refused():
+                self.too_long += isinstance(event, TooLong)
+                remedy = " (--question_tokens makes room)" if isinstance(event, TooLong) else ""
+                note(f"error: {event.error}{remedy}: {event.question}")
+                self.line("error", dataclasses.asdict(event))
 
-    def _report(self, answer: Answer, finish: str) -> None:
-        event = {
-            "event": "answer",
-            "time": answer.seconds,
-            "question": answer.question,
-            "answer": "".join(answer.written),
-            "finish": finish,
-            "frames": answer.visual.frames,
-            "visual_tokens": answer.visual.count,
-            "tokens": answer.tokens,
-            "first_token_seconds": answer.first,
-            "seconds": time.perf_counter() - answer.began,
-        }
-        print(json.dumps(event), flush=True)
+    def _text(self, piece: str) -> None:
+        if not self._as_json:
+            print(piece, end="", flush=True)
 
-
-# ----------------------------------------------------------------------------------------- the loop
+    def line(self, event: str, fields: dict) -> None:
+        """One JSON object, where they are asked for."""
+        if self._as_json:
+            print(json.dumps({"event": event, **fields}), flush=True)
 
 
-@dataclass
-class Watch:
-    """What happens between the source, the stream and the questions."""
-
-    feed: live.Feed
-    stream: Stream
-    asker: Asker
-    questions: Questions
-    drop: bool
-    seconds: float = 0.0  # of the last frame
-    skipped: int = 0  # repeated questions that came while they were still waiting
-    lost: MediaError | None = None
-    _waiting: deque[str] = field(default_factory=deque)
-    _frame: live.TimedFrame | None = None  # taken, not yet in the stream
-
-    def run(self) -> None:
-        """Returns when no question can come any more."""
-        while True:
-            busy = self.asker.now is not None
-            # A file waits for the answer; a camera does not, and its frames are not in it.
-            if not busy or self.drop:
-                self._take(0.0 if busy or self._waiting else 0.05)
-            line = self.questions.line()
-            if line is not None:
-                self._waiting.append(line)
-            if self._waiting and self.asker.now is None:
-                self.asker.ask(self._waiting.popleft(), self.seconds)
-            self.asker.step()
-            # Nothing is left to do where no frame will come, or nobody could ask about it.
-            over = self._ended or not self.questions.more
-            if over and self.asker.now is None and not self._waiting:
-                question = self.questions.at_end()
-                if question is not None:
-                    self._waiting.append(question)
-                elif self.lost is not None or not self.questions.typing:
-                    return
-
-    @property
-    def _ended(self) -> bool:
-        """Whether all frames are in the stream."""
-        return self.lost is not None or (self.feed.ended and self._frame is None)
-
-    def _take(self, timeout: float) -> None:
-        """Gives the next frame to the stream, unless a question comes before it."""
-        if self._frame is None and self.lost is None:
-            try:
-                self._frame = self.feed.take(timeout)
-            except MediaError as error:
-                self.lost = error
-                note(f"error: {error}")
-        if self._frame is None:
-            if self._ended:
-                time.sleep(timeout)  # nothing but typed questions can come
-            return
-        question = self.questions.due(self._frame.time)
-        if question is not None:
-            if question in self._waiting:
-                self.skipped += 1
-            else:
-                self._waiting.append(question)
-        if question is None or self.drop:
-            self.seconds = self._frame.time
-            self.stream.push(self._frame.image[None])
-            self._frame = None
+def summarise(printer: Printer, watch: Watch, feed: live.Feed, stream: Stream, took: float) -> None:
+    """The line at the end."""
+    stream.visual()  # the last frames may wait for a full batch
+    fields = {
+        "frames": stream.frames,
+        "dropped": feed.dropped,
+        "groups_kept": len(stream.groups),
+        "answers": printer.answered,
+        "questions_skipped": watch.skipped,
+        "stream_seconds": watch.seconds,
+        "seconds": took,
+    }
+    printer.line("summary", fields)
+    note(
+        f"{stream.frames} frames to {watch.seconds:.1f} s in {took:.1f} s, {feed.dropped} dropped;"
+        f" {len(stream.groups)} of {stream.capacity} groups kept; {printer.answered} answers,"
+        f" {watch.skipped} repeated questions skipped"
+    )
 
 
 def run() -> int:
     began = time.perf_counter()
     asks = timed_questions()
-    if _SOURCE.value == "-" and not asks:
+    piped = _SOURCE.value == "-"
+    if piped and not asks:
         raise usage("--source=- leaves no place to type a question: use --ask")
-    loaded = load.load(_CHECKPOINT.value)
-    source = open_source(loaded.config.model.vit.image_size)
-    tokenizer = load.load_tokenizer(_CHECKPOINT.value, loaded.config.data.tokenizer)
+    try:
+        sampling = Sampling(
+            max_new_tokens=_NEW_TOKENS.value,
+            temperature=_TEMPERATURE.value,
+            top_p=_TOP_P.value,
+            seed=_SEED.value,
+        )
+    except ValueError as error:
+        raise usage(f"--{error}") from error
+    source = open_source(checkpoint.read_config(_CHECKPOINT.value).model.vit.image_size)
+    loaded = load(_CHECKPOINT.value)
+    tokenizer = load_tokenizer(_CHECKPOINT.value, loaded.config.data.tokenizer)
     stream = Stream(loaded, budget=_BUDGET.value, policy=_POLICY.value, batch=_BATCH.value)
-    asker = Asker(loaded, stream, tokenizer)
-    questions = Questions(
-        asks, every=_ASK_EVERY.value, typed=None if _SOURCE.value == "-" else sys.stdin
+    printer = Printer(_JSON.value)
+    asker = Asker(
+        loaded,
+        stream,
+        tokenizer,
+        sampling,
+        question_tokens=_QUESTION_TOKENS.value,
+        tell=printer,
     )
     note(f"compiling for batches of {stream.batch} frames ...")
     stream.warm_up()
-    if source.drop:  # else the source waits, and shorter answers to fewer frames come first
+    if source.drop:  # else it waits, and compiles for what it needs
         asker.warm_up()
     note(f"ready after {time.perf_counter() - began:.1f} s; watching {_SOURCE.value}")
+    questions = Questions(asks, every=_ASK_EVERY.value, typed=None if piped else sys.stdin)
     feed = live.Feed(source.frames, depth=2 * stream.batch, drop=source.drop)
-    watch = Watch(feed, stream, asker, questions, source.drop)
+    watch = Watch(feed, stream, asker, questions)
     began = time.perf_counter()
     interrupted = False
     try:
@@ -376,34 +274,14 @@ def run() -> int:
         interrupted = True
     finally:
         feed.close()
-    stream.visual()  # the last frames may wait for a full batch
-    summarise(watch, time.perf_counter() - began)
+    if watch.lost is not None:
+        note(f"error: {watch.lost}")
+    summarise(printer, watch, feed, stream, time.perf_counter() - began)
     if interrupted:
         return INTERRUPTED
     if watch.lost is not None:
         return FAILED
-    return TOO_LONG if asker.too_long else OK
-
-
-def summarise(watch: Watch, seconds: float) -> None:
-    """The line at the end."""
-    stream = watch.stream
-    event = {
-        "frames": stream.frames,
-        "dropped": watch.feed.dropped,
-        "groups_kept": len(stream.groups),
-        "answers": watch.asker.answered,
-        "questions_skipped": watch.skipped,
-        "stream_seconds": watch.seconds,
-        "seconds": seconds,
-    }
-    if _JSON.value:
-        print(json.dumps({"event": "summary", **event}), flush=True)
-    note(
-        f"{stream.frames} frames to {watch.seconds:.1f} s in {seconds:.1f} s, {watch.feed.dropped}"
-        f" dropped; {len(stream.groups)} of {stream.capacity} groups kept;"
-        f" {watch.asker.answered} answers, {watch.skipped} repeated questions skipped"
-    )
+    return TOO_LONG if printer.too_long else OK
 
 
 def main(argv: list[str]) -> None:

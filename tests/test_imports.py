@@ -6,13 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {
-    "compile",
-    "convert",
-    "generate",
-    "stream",
-    "train",
-}  # modules of storm_jax that nothing imports
+# Modules of storm_jax that nothing imports.
+COMMANDS = {"compile", "convert", "generate", "stream", "train"}
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {

@@ -226,7 +226,8 @@ class Feed:
     """Frames that a thread reads ahead, a fixed number at most.
 
     Attributes:
-      dropped: frames that were dropped because there was no room.
+      drops: frames are dropped where there is no room.
+      dropped: how many were.
     """
 
     def __init__(self, frames: Iterator[TimedFrame], *, depth: int, drop: bool):
@@ -237,8 +238,8 @@ class Feed:
           depth: frames that wait at most.
           drop: a frame that finds no room drops the oldest waiting one; else the source waits.
         """
-        self.dropped = 0
-        self._frames, self._depth, self._drop = frames, depth, drop
+        self.drops, self.dropped = drop, 0
+        self._frames, self._depth = frames, depth
         self._waiting: deque[TimedFrame] = deque()
         self._changed = threading.Condition()
         self._closed = self._ended = False
@@ -262,7 +263,7 @@ class Feed:
         """Whether more is wanted."""
         with self._changed:
             while len(self._waiting) == self._depth and not self._closed:
-                if self._drop:
+                if self.drops:
                     self._waiting.popleft()
                     self.dropped += 1
                 else:

@@ -1,8 +1,5 @@
 """A stream against the same frames given at once."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,49 +7,11 @@ import pytest
 
 from storm_jax.config import VISUAL, ConfigError, MeshConfig
 from storm_jax.inference.engine import Engine
-from storm_jax.inference.load import LoadedModel, made_ready
+from storm_jax.inference.load import LoadedModel
 from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.streaming import Stream
-from storm_jax.models.storm import StormModel
-from storm_jax.parallel.mesh import make_mesh
-from storm_jax.training.state import abstract_params
-from tests.tiny import run_config, tiny_model
-
-ONE = MeshConfig(data=1)
-UNTIED = {"tied_embeddings": False}  # else a random model repeats the last token
-
-
-@functools.cache
-def weighted(axes: MeshConfig, devices: int, direction: str, layers: int, dtype: str):
-    """A model with random parameters, as it is loaded."""
-    temporal = {"direction": direction, "layers": layers}
-    run = dataclasses.replace(
-        run_config(), model=tiny_model(temporal=temporal, decoder=UNTIED, dtype=dtype)
-    )
-    model, mesh = StormModel(run.model), make_mesh(axes, jax.devices()[:devices])
-    abstract = abstract_params(model, mesh, jnp.dtype(dtype))
-    params = jax.tree.map(
-        lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding),
-        jax.jit(model.init)(jax.random.key(3)),
-        abstract,
-    )
-    return made_ready(run, params, mesh)
-
-
-def loaded(
-    axes=ONE, devices=1, direction="forward", layers=2, dtype="float32", **reduction
-) -> LoadedModel:
-    """`reduction` replaces fields of that part, which has no parameters."""
-    made = weighted(axes, devices, direction, layers, dtype)
-    reduction = dataclasses.replace(made.config.model.reduction, **reduction)
-    model = dataclasses.replace(made.config.model, reduction=reduction)
-    config = dataclasses.replace(made.config, model=model)
-    return dataclasses.replace(made, config=config, model=StormModel(model))
-
-
-def video(frames, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (frames, 12, 12, 3), dtype=np.uint8)
+from tests.inference.tiny_streams import loaded, video
 
 
 class Offline:
