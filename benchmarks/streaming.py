@@ -6,12 +6,12 @@
 Builds configs/long.py:size=SIZE with a temporal encoder that runs forward only and random
 parameters, and gives it random frames, which cost nothing to make: decoding is not measured here
 (benchmarks/decode.py does). Every batch is timed from `Stream.push` until the device has taken it
-in. A hundred times the visual tokens are gathered as
-for a question, and memory is noted: the process's resident set, the arrays that JAX holds, and what
-the device reports where it does (GPU, TPU). Early figures are of the first tenth behind frame 100,
-late ones of the last. Since other work on the machine comes and goes, the old stream and a new one
-that stands at frame 100 are timed side by side at the end, batch by batch in turns: the ratio of
-these two medians is the figure to look at. Results go to benchmarks/results/streaming_SIZE.json.
+in. A hundred times, or every `--snapshot` frames, the visual tokens are gathered as for a question,
+and memory is noted: the process's resident set, the arrays that JAX holds, and what the device
+reports where it does (GPU, TPU). Early figures are of the first tenth behind frame 100, late ones
+of the last. Since other work on the machine comes and goes, the old stream and a new one that
+stands at frame 100 are timed side by side at the end, batch by batch in turns: the ratio of these
+two medians is the figure to look at. Results go to benchmarks/results/streaming_SIZE.json.
 """
 
 import argparse
@@ -104,14 +104,14 @@ def side_by_side(old: Stream, new: Stream, images: np.ndarray, batches: int) -> 
 def measure(stream: Stream, images: np.ndarray, frames: int, snapshot: int) -> dict:
     """Runs the stream up to `frames` frames."""
     stream.warm_up()
-    wall, processor, visual, held = [], [], [], []
+    # All there from the start: what the stream itself needs should be all that could grow.
+    batches = -(-frames // stream.batch)
+    times = np.zeros((batches, 2))
+    visual, held = [], []
     began = time.perf_counter()
     told = next_snapshot = SETTLED
-    while stream.frames < frames:
-        seconds, cpu = pushed(stream, images)
-        if stream.frames > SETTLED:
-            wall.append(seconds)
-            processor.append(cpu)
+    for number in range(batches):
+        times[number] = pushed(stream, images)
         if stream.frames >= next_snapshot:
             next_snapshot += snapshot
             start = time.perf_counter()
@@ -123,6 +123,7 @@ def measure(stream: Stream, images: np.ndarray, frames: int, snapshot: int) -> d
             rate = stream.frames / (time.perf_counter() - began)
             print(f"{stream.frames} frames, {rate:.0f} a second, {held[-1]}", flush=True)
     held.append({"frame": stream.frames, **memory()})
+    wall, processor = times[-(-SETTLED // stream.batch) :].T.tolist()
     kinds = [k for k in held[0] if k != "frame"]
     return {
         "milliseconds_per_frame": tenths(wall),

@@ -17,9 +17,10 @@ from storm_jax.config import ConfigError
 from storm_jax.data import text, video
 from storm_jax.data.records import Media, Turn
 from storm_jax.inference.engine import Engine
-from storm_jax.inference.load import load, load_tokenizer, with_frames
+from storm_jax.inference.load import load, with_frames
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.text import AnswerText
+from storm_jax.inference.tokenizer import load_tokenizer
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
@@ -49,7 +50,7 @@ def run() -> None:
             config, model=dataclasses.replace(config.model, reduction=reduction)
         )
     loaded = dataclasses.replace(loaded, config=config)
-    tokenizer = load_tokenizer(_CHECKPOINT.value, config.data.tokenizer)
+    tokenizer = load_tokenizer(_CHECKPOINT.value, config)
     times = {"load": time.perf_counter() - began}
 
     began = time.perf_counter()

@@ -8,7 +8,7 @@ encoder runs forward only. docs/streaming.md has the rest.
 
 Exit status: 0 the source came to its end and every question was answered; 1 the source or the
 checkpoint cannot be used, or the source was lost; 2 the flags make no sense; 3 a question was too
-long for the context; 130 interrupted.
+long for the context; 130 interrupted; 141 nobody reads the answers any more.
 """
 
 import dataclasses
@@ -21,17 +21,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from storm_jax import checkpoint
 from storm_jax.config import ConfigError
 from storm_jax.data import live, text
 from storm_jax.data.container import MediaError
 from storm_jax.inference.history import POLICIES
-from storm_jax.inference.load import load, load_tokenizer
+from storm_jax.inference.load import load
 from storm_jax.inference.questions import Questions
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.streaming import Stream
+from storm_jax.inference.tokenizer import load_tokenizer
 from storm_jax.inference.watching import (
     Answered,
     Asked,
@@ -82,11 +83,15 @@ _QUESTION_TOKENS = flags.DEFINE_integer(
     "question_tokens", 512, "Room for a question and the template around it, tokens.", 16
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 always takes the best token.", 0.0)
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Of the most probable tokens that add to this.", 0.0, 1.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of random choices.", 0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among so many best tokens; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Of the best tokens whose probabilities add to this.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Of tokens this times as probable as the best one.")
+_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Lowers scores of known tokens; 1: off.")
+_STOP = flags.DEFINE_multi_string("stop", [], "An answer ends before this text.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of random choices.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a line instead of text.")
 
-OK, FAILED, USAGE, TOO_LONG, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, TOO_LONG, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
 
 
 def note(message: str) -> None:
@@ -207,7 +212,7 @@ class Printer:
     def line(self, event: str, fields: dict) -> None:
         """One JSON object, where they are asked for."""
         if self._as_json:
-            print(json.dumps({"event": event, **fields}), flush=True)
+            print(json.dumps({"event": event, **fields}, ensure_ascii=False), flush=True)
 
 
 def summarise(printer: Printer, watch: Watch, feed: live.Feed, stream: Stream, took: float) -> None:
@@ -239,15 +244,18 @@ def run() -> int:
     try:
         sampling = Sampling(
             max_new_tokens=_NEW_TOKENS.value,
+            repetition_penalty=_PENALTY.value,
             temperature=_TEMPERATURE.value,
+            top_k=_TOP_K.value,
             top_p=_TOP_P.value,
+            min_p=_MIN_P.value,
             seed=_SEED.value,
         )
     except ValueError as error:
         raise usage(f"--{error}") from error
     source = open_source(checkpoint.read_config(_CHECKPOINT.value).model.vit.image_size)
     loaded = load(_CHECKPOINT.value)
-    tokenizer = load_tokenizer(_CHECKPOINT.value, loaded.config.data.tokenizer)
+    tokenizer = load_tokenizer(_CHECKPOINT.value, loaded.config)
     stream = Stream(loaded, budget=_BUDGET.value, policy=_POLICY.value, batch=_BATCH.value)
     printer = Printer(_JSON.value)
     asker = Asker(
@@ -255,6 +263,7 @@ def run() -> int:
         stream,
         tokenizer,
         sampling,
+        stop_strings=_STOP.value,
         question_tokens=_QUESTION_TOKENS.value,
         tell=printer,
     )
@@ -285,6 +294,8 @@ def run() -> int:
 
 
 def main(argv: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)  # Orbax tells everything that it does
     if len(argv) > 1:
         raise usage(f"arguments not understood: {' '.join(argv[1:])}")
     try:
@@ -294,7 +305,8 @@ def main(argv: list[str]) -> None:
         status = FAILED
     except KeyboardInterrupt:
         status = INTERRUPTED
-    sys.stdout.flush()
+    except BrokenPipeError:
+        status = CLOSED
     # A camera's or a terminal's thread may sit in a read that nothing interrupts.
     os._exit(status)
 

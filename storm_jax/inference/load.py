@@ -10,7 +10,6 @@ import numpy as np
 
 from storm_jax import checkpoint
 from storm_jax.config import MeshConfig, RunConfig
-from storm_jax.data import text
 from storm_jax.inference.decoder import CachedDecoder
 from storm_jax.inference.weights import Quantization, Weights, prepare
 from storm_jax.models.storm import Params, StormModel
@@ -51,17 +50,6 @@ def load(
     abstract = abstract_params(model, mesh, jnp.dtype(config.model.dtype))
     params = checkpoint.load_params(path, abstract)
     return made_ready(config, params, mesh, quantization)
-
-
-def load_tokenizer(path: str | Path, name: str):
-    """The tokenizer that was saved beside the checkpoints, else the one that the config names.
-
-    Args:
-      path: as in `load`.
-      name: as in `data.text.load_tokenizer`.
-    """
-    saved = checkpoint.find(path)[0].parent / "tokenizer"
-    return text.load_tokenizer(str(saved) if saved.is_dir() else name)
 
 
 def random(

@@ -7,7 +7,7 @@ the stream frames. What happens is told to a function, as one of the `Event`s.
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +106,7 @@ class Asker:
         tokenizer,
         sampling: Sampling,
         *,
+        stop_strings: Sequence[str] = (),
         question_tokens: int,
         tell: Callable[[Event], None],
     ):
@@ -113,6 +114,7 @@ class Asker:
         stream: of the same model.
         tokenizer: of the model.
         sampling: of every answer; the tokens that end one are added to it.
+        stop_strings: an answer ends before the first of them.
         question_tokens: room for a question and the template around it.
         tell: called with what happens.
         """
@@ -123,6 +125,7 @@ class Asker:
         context = room + question_tokens + sampling.max_new_tokens
         self._engine = Engine(loaded, slots=1, context=context)
         stop = text.stop_tokens(tokenizer, self._template)
+        self._stop_strings = stop_strings
         self._sampling = dataclasses.replace(sampling, stop_tokens=stop)
         self._now: _Answer | None = None
 
@@ -161,7 +164,7 @@ class Asker:
             self._tell(TooLong(seconds, question, str(error), error.needed, error.available))
             return
         self._tell(Asked(seconds, question))
-        answer = AnswerText(self._tokenizer)
+        answer = AnswerText(self._tokenizer, self._stop_strings)
         self._now = _Answer(slot, question, seconds, visual, answer, began)
 
     def _prompt(self, question: str, media: list[Visual]) -> np.ndarray:
@@ -176,14 +179,15 @@ class Asker:
             return
         (progress,) = self._engine.step()
         piece = answer.text.push(progress.tokens)
-        if progress.finish:
+        finish = "stop" if answer.text.stopped else progress.finish
+        if finish:
             piece += answer.text.close()
         answer.tokens += len(progress.tokens)
         answer.written += piece
         answer.first = answer.first or time.perf_counter() - answer.began
         if piece:
             self._tell(Piece(piece))
-        if progress.finish:
+        if finish:
             self._engine.release(answer.slot)
             self._now = None
             self._tell(
@@ -191,7 +195,7 @@ class Asker:
                     answer.seconds,
                     answer.question,
                     answer.written,
-                    progress.finish,
+                    finish,
                     answer.visual.frames,
                     answer.visual.count,
                     answer.tokens,

@@ -117,6 +117,7 @@ def test_a_file_answers_as_offline_at_any_time(run, offline):
     assert "compiling" in err and "12 frames to 5.5 s" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_raw_frames_and_repeated_questions(run, offline, tmp_path):
     frames, _ = decode(str(run / "clip.mp4"), fps=10, size=32)
     (tmp_path / "raw").write_bytes(frames.tobytes())
@@ -142,6 +143,7 @@ def test_raw_frames_and_repeated_questions(run, offline, tmp_path):
     assert summary["frames"] == 30 and summary["groups_kept"] == 8
 
 
+@pytest.mark.slow
 def test_a_camera_that_is_asked_by_typing(run):
     """Text on standard output; the source stays open until it is cut."""
     clip = (run / "clip.ts").read_bytes()
@@ -213,7 +215,7 @@ def test_mistakes(run, tmp_path):
         (1, [f"--source={tmp_path / 'text.mp4'}"], "text.mp4: cannot be opened"),
         (1, [clip, "--budget=0", "--checkpoint=nowhere"], "no checkpoint at"),
     ]
-    for few in (cases[:4], cases[4:]):  # at once: most of the time goes into imports
+    for few in (cases[:4], cases[4:]):  # together: most of the time goes into imports
         commands = [
             Command("stream", f"--checkpoint={run / 'run'}", *flags, stdin=subprocess.DEVNULL)
             for _, flags, _ in few
@@ -224,6 +226,7 @@ def test_mistakes(run, tmp_path):
             assert message in err and "Traceback" not in err, (flags, err)
 
 
+@pytest.mark.slow
 def test_a_question_that_is_too_long(run):
     asks = (f"--ask=1:{'long ' * 30}", f"--ask=2:{QUESTION}")
     command = stream(run, run / "clip.mp4", "--question_tokens=64", *asks, stdin=subprocess.DEVNULL)

@@ -19,7 +19,7 @@ ROOM = 160  # of a question: its template has 60 bytes
 class Watched:
     """A stream that is watched to its end; `events` with the frames that were in then."""
 
-    def __init__(self, frames, questions, *, drop=False, new_tokens=6, depth=8, room=ROOM):
+    def __init__(self, frames, questions, *, drop=False, new_tokens=6, stop=()):
         model = loaded(temporal_pool=2)
         self.stream = Stream(model, budget=6 * 4, batch=2)
         self.events = []
@@ -29,12 +29,13 @@ class Watched:
             self.stream,
             tokenizer,
             Sampling(max_new_tokens=new_tokens),
-            question_tokens=room,
+            stop_strings=stop,
+            question_tokens=ROOM,
             tell=lambda event: self.events.append((self.stream.frames, event)),
         )
         asker.warm_up()
         self.stream.warm_up()
-        self.feed = Feed(frames, depth=depth, drop=drop)
+        self.feed = Feed(frames, depth=8, drop=drop)
         self.watch = Watch(self.feed, self.stream, asker, questions)
         self.watch.run()
 
@@ -101,3 +102,14 @@ def test_a_source_that_is_lost():
     assert str(watched.watch.lost) == "camera: gone"
     assert [(a.question, a.frames) for a in watched.of(Answered)] == [("a", 1), ("b", 5)]
     assert np.isfinite(np.asarray(watched.stream.visual().tokens)).all()
+
+
+def test_stop_strings():
+    (whole,) = Watched(at_seconds(3), Questions([(9.0, "a")]), new_tokens=20).of(Answered)
+    stop = [c for c in whole.answer if c.isascii() and c.isprintable()][1]
+    at = whole.answer.index(stop)
+    assert at > 0 and whole.finish == "length"
+    (cut,) = Watched(at_seconds(3), Questions([(9.0, "a")]), new_tokens=20, stop=[stop]).of(
+        Answered
+    )
+    assert cut.answer == whole.answer[:at] and cut.finish == "stop"
