@@ -43,6 +43,7 @@ from storm_jax.inference.watching import (
     TooLong,
     Watch,
 )
+from storm_jax.training import compile_cache
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
@@ -89,6 +90,11 @@ _MIN_P = flags.DEFINE_float("min_p", 0.0, "Of tokens this times as probable as t
 _PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Lowers scores of known tokens; 1: off.")
 _STOP = flags.DEFINE_multi_string("stop", [], "An answer ends before this text.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of random choices.")
+_CACHE = flags.DEFINE_string(
+    "compile_cache",
+    os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "storm_jax", "compiled"),
+    'Folder of compiled programs; "": none.',
+)
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a line instead of text.")
 
 OK, FAILED, USAGE, TOO_LONG, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
@@ -254,6 +260,8 @@ def run() -> int:
     except ValueError as error:
         raise usage(f"--{error}") from error
     source = open_source(checkpoint.read_config(_CHECKPOINT.value).model.vit.image_size)
+    if _CACHE.value:
+        compile_cache.enable(os.path.expanduser(_CACHE.value))
     loaded = load(_CHECKPOINT.value)
     tokenizer = load_tokenizer(_CHECKPOINT.value, loaded.config)
     stream = Stream(loaded, budget=_BUDGET.value, policy=_POLICY.value, batch=_BATCH.value)

@@ -175,6 +175,8 @@ def live_frames(
                         yield TimedFrame(last, to_rgb(frame))
         except (av.FFmpegError, OSError) as error:
             reason = error.strerror or str(error)
+            if isinstance(error, av.ExitError):  # "Immediate exit requested": by the time limit
+                reason = f"nothing came for {timeout:g} s"
             if arrival is None:
                 raise MediaError(url, f"cannot be opened: {reason}") from error
             if not reconnects:

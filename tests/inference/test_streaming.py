@@ -136,6 +136,7 @@ def test_on_several_devices():
     assert_same(stream, offline(frames))
     stream.push(video(30, seed=1))
     assert_same(stream, offline(np.concatenate([frames, video(30, seed=1)])))
+    assert stream._step._cache_size() == 1  # the state comes back as it went in
 
 
 def test_no_frame_yet():
