@@ -18,13 +18,13 @@ from storm_jax.parallel import sharding
 class LayerCache(NamedTuple):
     """Of one layer."""
 
-    k: jax.Array  # [B, K, T, C]
-    v: jax.Array  # [B, K, T, C]
+    k: jax.Array  # [B, T, K, C]
+    v: jax.Array  # [B, T, K, C]
 
 
 Cache = tuple[LayerCache, ...]
 
-AXES: sharding.Axes = (None, "kv_heads", None, None)
+AXES: sharding.Axes = (None, None, "kv_heads", None)
 
 
 def window_of(config: DecoderConfig, layer: int) -> int:
@@ -37,7 +37,7 @@ def empty_cache(config: DecoderConfig, rows: int, context: int, dtype: jnp.dtype
 
     def layer(index: int) -> LayerCache:
         slots = min(context, window_of(config, index) or context)
-        shape = (rows, config.kv_heads, slots, config.head_dim)
+        shape = (rows, slots, config.kv_heads, config.head_dim)
         return LayerCache(*(sharding.shard(jnp.zeros(shape, dtype), *AXES) for _ in range(2)))
 
     return tuple(layer(index) for index in range(config.layers))
@@ -56,24 +56,23 @@ def held_positions(slots: int, filled: jax.Array) -> jax.Array:
 
 
 def write(
-    slots_KTC: jax.Array, new_KSC: jax.Array, start: jax.Array, count: jax.Array
+    slots_TKC: jax.Array, new_SKC: jax.Array, start: jax.Array, count: jax.Array
 ) -> jax.Array:
     """Puts positions start .. start + count of one row into their slots.
 
     Args:
-      new_KSC: of positions from `start` on; those behind the first `count` are padding.
+      new_SKC: of positions from `start` on; those behind the first `count` are padding.
     """
-    T, S = slots_KTC.shape[1], new_KSC.shape[1]
+    T, S = slots_TKC.shape[0], new_SKC.shape[0]
     j = jnp.arange(S, dtype=jnp.int32)
     # Of positions that share a slot the last one stays; nothing else may be written twice.
     lives = (j < count) & (j >= count - T)
     where = jnp.where(lives, (start + j) % T, T)
-    return slots_KTC.at[:, where].set(new_KSC.astype(slots_KTC.dtype), mode="drop")
+    return slots_TKC.at[where].set(new_SKC.astype(slots_TKC.dtype), mode="drop")
 
 
-def write_token(slots_BKTC: jax.Array, new_BKC: jax.Array, positions_B: jax.Array) -> jax.Array:
+def write_token(slots_BTKC: jax.Array, new_BKC: jax.Array, positions_B: jax.Array) -> jax.Array:
     """Puts one token of each row into its slot."""
-    B, _, T, _ = slots_BKTC.shape
-    rows = jnp.arange(B)
-    new = new_BKC.astype(slots_BKTC.dtype)
-    return slots_BKTC.at[rows, :, positions_B % T].set(new, unique_indices=True)
+    B, T = slots_BTKC.shape[:2]
+    new = new_BKC.astype(slots_BTKC.dtype)
+    return slots_BTKC.at[jnp.arange(B), positions_B % T].set(new, unique_indices=True)

@@ -122,11 +122,11 @@ class CachedDecoder:
         filled = []
         for index, (layer, held) in enumerate(zip(weights.layers, cache, strict=True)):
             q, k, v = self._qkv(index, layer, x_BSD, turns)
-            old = (_row(x, row).swapaxes(1, 2) for x in held)
+            old = (_row(x, row) for x in held)
             keys, values = (
                 jnp.concatenate([o, n], axis=1) for o, n in zip(old, (k, v), strict=True)
             )
-            at_T = slots.held_positions(held.k.shape[2], start)
+            at_T = slots.held_positions(held.k.shape[1], start)
             at = jnp.concatenate([at_T, positions_S])
             distance = positions_S[:, None] - at[None]
             window = slots.window_of(self.config, index)
@@ -239,7 +239,7 @@ class CachedDecoder:
             held_k = slots.write_token(held_k, k[:, 0], positions)
             held_v = slots.write_token(held_v, v[:, 0], positions)
             # A ring that is full holds the window and nothing else.
-            valid = jnp.minimum(positions + 1, held_k.shape[2])
+            valid = jnp.minimum(positions + 1, held_k.shape[1])
             h = token_attention(q[:, 0], held_k, held_v, valid, self._scale, softcap)
             return h[:, None], held_k, held_v
 
@@ -249,6 +249,7 @@ class CachedDecoder:
             local,
             (queries, keys, keys, slots.AXES, slots.AXES, (None,)),
             (queries, slots.AXES, slots.AXES),
+            checked=False,
         )
         h, k, v = call(q_BSKGC, k_BSKC, v_BSKC, held.k, held.v, positions_B)
         return h, LayerCache(k, v)
@@ -259,18 +260,16 @@ def _at(x_BS: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x_BS, index, 1, axis=1)
 
 
-def _row(slots_BKTC: jax.Array, row: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(slots_BKTC, row, 1, axis=0)
+def _row(slots_BTKC: jax.Array, row: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(slots_BTKC, row, 1, axis=0)
 
 
 def _write_row(held: LayerCache, k_BSKC, v_BSKC, row, start, count) -> LayerCache:
     """Writes a stretch of one sequence (B = 1) into its row."""
 
-    def local(slots_BKTC, new_BSKC):
-        written = slots.write(
-            _row(slots_BKTC, row)[0], new_BSKC[0].swapaxes(0, 1), jnp.int32(start), count
-        )
-        return jax.lax.dynamic_update_slice_in_dim(slots_BKTC, written[None], row, axis=0)
+    def local(slots_BTKC, new_BSKC):
+        written = slots.write(_row(slots_BTKC, row)[0], new_BSKC[0], jnp.int32(start), count)
+        return jax.lax.dynamic_update_slice_in_dim(slots_BTKC, written[None], row, axis=0)
 
     call = sharding.per_device(local, (slots.AXES, (None, None, "kv_heads", None)), slots.AXES)
     return LayerCache(call(held.k, k_BSKC), call(held.v, v_BSKC))

@@ -19,6 +19,7 @@ from storm_jax.inference.decode import begin, decode, no_rows
 from storm_jax.inference.load import LoadedModel
 from storm_jax.inference.prefill import Encoder, Visual, bucket
 from storm_jax.inference.sampling import Sampling, Wishes
+from storm_jax.inference.vit import compiler_options
 
 STEPS = 8  # tokens of each row that `step` adds at most
 _PIECE = 512  # tokens that `extend` computes at a time, since their scores are all there
@@ -77,6 +78,7 @@ class Engine:
         self._free = list(range(slots - 1, -1, -1))
         self._slots: dict[int, _Slot] = {}
         decoder = loaded.decoder
+        large_products = compiler_options(loaded.mesh)
         config = loaded.config.model.decoder
         with jax.set_mesh(loaded.mesh):
             dtype = jnp.dtype(loaded.config.model.dtype)
@@ -89,7 +91,7 @@ class Engine:
             ids = jnp.where(there, tokens, config.vocab_size)
             return jnp.zeros(config.vocab_size, bool).at[ids].set(True, mode="drop")
 
-        @functools.partial(jax.jit, donate_argnums=(1, 2))
+        @functools.partial(jax.jit, donate_argnums=(1, 2), compiler_options=large_products)
         def fill(weights, cache, rows, row, tokens, count, visual, limit, wishes):
             scores, cache = decoder.prefill(weights, cache, row, tokens, count, visual)
             return cache, begin(rows, row, scores[0], count, limit, seen(tokens, count), wishes)

@@ -83,7 +83,7 @@ def made_ready(
     config: RunConfig, params: Params, mesh: jax.sharding.Mesh, quantization: Quantization = ""
 ) -> LoadedModel:
     """`params` on `mesh`, in the model's dtype, rearranged; they are used up."""
-    weights = prepare(params, config.model.decoder, mesh, quantization)
+    weights = prepare(params, config.model, mesh, quantization)
     return LoadedModel(config, StormModel(config.model), weights, mesh)
 
 

@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from storm_jax.inference import vit
 from storm_jax.inference.load import LoadedModel
+from storm_jax.parallel.frames import spread
+from storm_jax.parallel.sharding import reshape
 
 _FRAMES_PER_CALL = 64  # where the configuration names no number
 _FEW = 8  # frames of a call for what is left over
@@ -51,11 +54,16 @@ class Encoder:
     def __init__(self, loaded: LoadedModel):
         self._loaded = loaded
         config, model = loaded.config.model, loaded.model
+        options = vit.compiler_options(loaded.mesh)
         self._per_call = config.vit.frames_per_call or _FRAMES_PER_CALL
 
-        @jax.jit
-        def features(params, frames):
-            return model.bind(params).features(frames[None])[0]
+        @functools.partial(jax.jit, compiler_options=options)
+        def features(weights, frames_FHWC):
+            storm = model.bind(weights.encoder)
+            x, collected = spread(frames_FHWC[None])
+            F = x.shape[1]
+            x = vit.encode(storm.vit, weights.vit, reshape(x, F, *x.shape[2:]), storm.dtype)
+            return collected(storm.projector(reshape(x, 1, F, *x.shape[1:])))[0]
 
         @functools.partial(jax.jit, static_argnames="groups")
         def reduced(params, features, frame_segments, frame_groups, groups):
@@ -84,7 +92,7 @@ class Encoder:
         with jax.set_mesh(self._loaded.mesh):
             for batch, real in self._batches(chunks):
                 count += real
-                parts.append(self._features(self._loaded.weights.encoder, batch))
+                parts.append(self._features(self._loaded.weights, batch))
             if not count:
                 raise ValueError("no frame to encode")
             return self._reduce(parts, count)

@@ -7,6 +7,7 @@ half as many, larger products.
 Axis letters beside the project's own: G query heads that share a key-value head, M hidden units.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -14,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from storm_jax.config import DecoderConfig
+from storm_jax.config import ModelConfig
+from storm_jax.inference import vit as vits
+from storm_jax.inference.vit import VitLayer
 from storm_jax.models.layers import product
 from storm_jax.models.storm import Params
 from storm_jax.parallel import sharding
@@ -44,7 +47,8 @@ class LayerWeights(NamedTuple):
 class Weights(NamedTuple):
     """All parameters of a model."""
 
-    encoder: Params  # ViT, projector and temporal encoder, as `StormModel` takes them
+    encoder: Params  # projector and temporal encoder, as `StormModel` takes them, rest of the ViT
+    vit: tuple[VitLayer, ...]
     embedding: jax.Array  # [V, D]
     layers: tuple[LayerWeights, ...]
     norm: jax.Array  # [D]
@@ -62,7 +66,7 @@ _AXES: dict[str, sharding.Axes] = {
 
 def prepare(
     params: Params,
-    config: DecoderConfig,
+    model: ModelConfig,
     mesh: jax.sharding.Mesh,
     quantization: Quantization = "",
 ) -> Weights:
@@ -71,12 +75,13 @@ def prepare(
     The decoder's leave `params` one by one, so that no more than one of them is held twice.
 
     Args:
-      params: of `StormModel`; its "decoder" is emptied.
+      params: of `StormModel`; they are used up.
+      model: their configuration.
       mesh: the devices; matrices are split over "tensor" where it divides them.
       quantization: of the decoder's matrices, the head's included, one scale an output channel;
         "": they keep their dtype. The embedding keeps it, also where it is the head's matrix.
     """
-    decoder = params["decoder"]
+    config, decoder = model.decoder, params["decoder"]
     blocks = decoder.pop("blocks")["layers"]
     K, G = config.kv_heads, config.heads // config.kv_heads
 
@@ -103,6 +108,7 @@ def prepare(
 
     qkv = ("query", "key", "value")
     with jax.set_mesh(mesh):
+        rest, vit = vits.prepare(params["vit"], model.vit, jnp.dtype(model.dtype))
         bias: list = [None] * config.layers
         if config.qkv_bias:
             bias = each("qkv_bias", heads, *((name, "bias") for name in qkv))
@@ -134,7 +140,8 @@ def prepare(
         store = jax.jit(lambda table: sharding.shard(table, "vocab", None))
         embedding = store(decoder.pop("embedding")["table"])
     return Weights(
-        encoder={part: tree for part, tree in params.items() if part != "decoder"},
+        encoder={part: params[part] for part in params if part != "decoder"} | {"vit": rest},
+        vit=vit,
         embedding=embedding,
         layers=tuple(
             LayerWeights(**{name: values[i] for name, values in fields.items()})
@@ -146,21 +153,27 @@ def prepare(
 
 
 def _stored(weight, axes: sharding.Axes, contracted: int, kind: Quantization) -> Matrix:
-    matrix = quantized(weight, contracted, kind) if contracted else weight
-    return jax.tree.map(lambda x: sharding.shard(x, *axes), matrix)
+    if not (contracted and kind):
+        return sharding.shard(weight, *axes)
+    turned = (*axes[contracted:], *axes[:contracted])
+    matrix = quantized(weight, contracted, kind)
+    return jax.tree.map(lambda x: sharding.shard(x, *turned), matrix)
 
 
-def quantized(weight: jax.Array, contracted: int, kind: Quantization) -> Matrix:
+def quantized(weight: jax.Array, contracted: int, kind: Literal["int8", "fp8"]) -> qwix.QArray:
     """A matrix in eight bits with one float32 scale for each output channel.
 
     Args:
       weight: its first `contracted` axes are summed over.
-      kind: "" leaves it as it is.
+
+    Returns:
+      With these axes last: an output channel's weights lie side by side, so that a sum over them
+      reads memory in order.
     """
-    if not kind:
-        return weight
-    channels = tuple(range(contracted, weight.ndim))
-    return qwix.quantize(weight, _STORED[kind], channelwise_axes=channels, scale_dtype=jnp.float32)
+    outputs = weight.ndim - contracted
+    turned = jnp.transpose(weight, (*range(contracted, weight.ndim), *range(contracted)))
+    channels = tuple(range(outputs))
+    return qwix.quantize(turned, _STORED[kind], channelwise_axes=channels, scale_dtype=jnp.float32)
 
 
 def apply(
@@ -168,20 +181,31 @@ def apply(
 ) -> jax.Array:
     """x @ weight over the last `contracted` axes of x.
 
-    A quantized matrix is widened as it is read, and the result scaled.
+    A quantized matrix is widened as it is read, and the result scaled. For a single token XLA's
+    sums read it twice as fast as its products do.
 
     Args:
       dtype: of the result; None: that of x.
     """
     n = contracted
-    dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-    values = weight.qvalue if isinstance(weight, qwix.QArray) else weight
-
-    def layout(x, w):
-        return (*x[: len(x) - n], *w[n:])
-
+    summed = tuple(range(x.ndim - n, x.ndim))
     if not isinstance(weight, qwix.QArray):
-        return product(x, values.astype(x.dtype), dims, layout, dtype=dtype)
-    y = product(x, values.astype(x.dtype), dims, layout, dtype=jnp.float32)
-    scale = jnp.squeeze(weight.scale, axis=tuple(range(n)))
+        dims = (summed, tuple(range(n)))
+        return product(x, weight, dims, lambda x, w: (*x[:-n], *w[n:]), dtype=dtype)
+    values, outputs = weight.qvalue, weight.ndim - n
+    lead = x.shape[: x.ndim - n]
+    if math.prod(lead) == 1:
+        wide = x.reshape(x.shape[x.ndim - n :]).astype(jnp.float32) * values.astype(jnp.float32)
+        y = jnp.sum(wide, axis=tuple(range(outputs, weight.ndim)))
+        y = jnp.expand_dims(y, tuple(range(len(lead))))
+    else:
+        dims = (summed, tuple(range(outputs, weight.ndim)))
+        y = product(
+            x,
+            values.astype(x.dtype),
+            dims,
+            lambda x, w: (*x[:-n], *w[:outputs]),
+            dtype=jnp.float32,
+        )
+    scale = jnp.squeeze(weight.scale, axis=tuple(range(outputs, weight.ndim)))
     return (y * scale).astype(dtype or x.dtype)

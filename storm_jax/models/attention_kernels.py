@@ -45,12 +45,17 @@ def fused_for(q_BSHC: jax.Array, pattern: Pattern) -> Kernel | None:
     platform = platform_of(q_BSHC)
     if platform == "tpu":
         return splash_attention
-    head_dim = q_BSHC.shape[-1]
-    fits = head_dim % 8 == 0 and not pattern.softcap
-    fits &= q_BSHC.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and fits and head_dim <= _largest_head_of_cudnn():
+    if platform == "gpu" and cudnn_serves(q_BSHC, pattern.softcap):
         return cudnn_attention
     return None
+
+
+def cudnn_serves(q_BSHC: jax.Array, softcap: float) -> bool:
+    """Whether cuDNN computes attention of such queries on the GPUs of this process."""
+    head_dim = q_BSHC.shape[-1]
+    fits = head_dim % 8 == 0 and not softcap
+    fits &= q_BSHC.dtype in (jnp.bfloat16, jnp.float16)
+    return fits and head_dim <= _largest_head_of_cudnn()
 
 
 def _largest_head_of_cudnn() -> int:

@@ -180,6 +180,17 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps, plus_one=self.plus_one)
 
 
+def standardise(x: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / std over the last axis, in float32; in the dtype of x. See `LayerNorm`."""
+    return _standardised(x, eps).astype(x.dtype)
+
+
+def _standardised(x: jax.Array, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+
+
 class LayerNorm(nnx.Module):
     """(x - mean) / std * w + b."""
 
@@ -189,17 +200,12 @@ class LayerNorm(nnx.Module):
         self.bias = parameter(jnp.zeros(width), None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self._normalised(x)
+        y = _standardised(x, self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
     def normalised(self, x: jax.Array) -> jax.Array:
         """(x - mean) / std, for a map that has w and b in it (`Linear.after`)."""
-        return self._normalised(x).astype(x.dtype)
-
-    def _normalised(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return standardise(x, self.eps)
 
 
 class Embedding(nnx.Module):

@@ -110,6 +110,12 @@ class Vit(nnx.Module):
         return restored(jax.lax.map(lambda frames: encode(state, frames), frames_MBHWC))
 
     def _encode(self, frames_BHWC: jax.Array, dtype: jnp.dtype, remat: Remat) -> jax.Array:
+        x_BND = self.patches(frames_BHWC, dtype)
+        x_BND, _ = self.blocks.scan(lambda block, x, _: (block(x), None), x_BND, remat=remat)
+        return x_BND if self.norm is None else self.norm(x_BND)
+
+    def patches(self, frames_BHWC: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """What the first layer takes: embedded patches and their positions, [B, N, D]."""
         B = frames_BHWC.shape[0]
         grid, patch = self.config.grid, self.config.patch_size
         side = grid * patch  # a remainder of pixels is not seen: 384 = 27 * 14 + 6
@@ -119,9 +125,7 @@ class Vit(nnx.Module):
         x = self.patch(normalise(x).astype(dtype))
         positions = resize_positions(self.positions[...], grid)
         positions = shard(positions, None, None).astype(dtype)
-        x_BND = x + positions
-        x_BND, _ = self.blocks.scan(lambda block, x, _: (block(x), None), x_BND, remat=remat)
-        return x_BND if self.norm is None else self.norm(x_BND)
+        return x + positions
 
 
 def normalise(pixels: jax.Array) -> jax.Array:

@@ -135,13 +135,17 @@ def stretches(x: jax.Array) -> jax.Array:
     return reshape(x, B, n, S // n, *x.shape[2:])
 
 
-def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes | tuple[Axes, ...]):
+def per_device(
+    f, in_axes: tuple[Axes, ...], out_axes: Axes | tuple[Axes, ...], *, checked: bool = True
+):
     """`f` on each device's part of its arguments, through `jax.shard_map`.
 
     Args:
       f: a function of arrays with one array, or a tuple of them, as result; it sees local shapes.
       in_axes, out_axes: logical axes of the arguments and of the result (a tuple of them for a
         tuple), whose sharded axes have the sizes of the arguments' axes of the same name.
+      checked: JAX follows over which mesh axes values vary; not through a Pallas kernel that does
+        not say it of its results.
     """
 
     def call(*args):
@@ -159,6 +163,9 @@ def per_device(f, in_axes: tuple[Axes, ...], out_axes: Axes | tuple[Axes, ...]):
         several = isinstance(out_axes[0], tuple)
         out_specs = tuple(map(spec_of, out_axes)) if several else spec_of(out_axes)
         args = [jax.reshard(x, s) for x, s in zip(args, in_specs, strict=True)]
-        return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*args)
+        call = jax.shard_map(
+            f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=checked
+        )
+        return call(*args)
 
     return call
