@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from storm_jax.config import ConfigError
+from storm_jax.inference import vit
 from storm_jax.inference.history import History
 from storm_jax.inference.load import LoadedModel
-from storm_jax.inference.prefill import Visual
+from storm_jax.inference.prefill import Visual, frame_tokens
+from storm_jax.inference.weights import Weights
 from storm_jax.models.reduction import group_sums
 from storm_jax.models.temporal import TemporalState, empty_state
 from storm_jax.parallel import sharding
@@ -90,7 +92,8 @@ class Stream:
         self._finished: jax.Array | None = None
         with jax.set_mesh(loaded.mesh):
             self._state = self._empty()
-        self._step = jax.jit(self._advance, donate_argnums=1)
+        options = vit.compiler_options(loaded.mesh)
+        self._step = jax.jit(self._advance, donate_argnums=1, compiler_options=options)
         self._gather = jax.jit(
             lambda groups_SND, order_S: groups_SND[order_S].reshape(-1, groups_SND.shape[-1])
         )
@@ -180,7 +183,7 @@ class Stream:
             jax.block_until_ready(self._finished)  # never more than two batches on the device
         with jax.set_mesh(self._loaded.mesh):
             self._state, self._finished = self._step(
-                self._loaded.weights.encoder, self._state, frames, plan
+                self._loaded.weights, self._state, frames, plan
             )
 
     def _most_groups(self) -> int:
@@ -213,10 +216,10 @@ class Stream:
             slots[group - start] = self.capacity if slot is None else slot
         return _Plan(groups, slots, counts, int(numbers[-1]) - start, first % pool != 0)
 
-    def _advance(self, params, state: _State, frames_FHWC, plan: _Plan):
-        storm = self._loaded.model.bind(params)
+    def _advance(self, weights: Weights, state: _State, frames_FHWC, plan: _Plan):
+        storm = self._loaded.model.bind(weights.encoder)
         groups_BF = jnp.asarray(plan.groups_F)[None]
-        x_BFND, temporal = storm.features(frames_FHWC[None]), state.temporal
+        x_BFND, temporal = frame_tokens(storm, weights, frames_FHWC)[None], state.temporal
         if storm.temporal is not None and temporal is not None:
             with jax.named_scope("temporal"):
                 x_BFND, temporal = storm.temporal.carry(x_BFND, groups_BF, temporal)

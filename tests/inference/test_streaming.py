@@ -11,7 +11,7 @@ from storm_jax.inference.load import LoadedModel
 from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.streaming import Stream
-from tests.inference.tiny_streams import loaded, video
+from tests.inference.tiny_streams import loaded, parameters, video
 
 
 class Offline:
@@ -22,6 +22,8 @@ class Offline:
         self._model, self._most = model, most
         config = model.config.model
         groups = config.reduction.groups(most)
+        temporal = config.temporal
+        self._params = parameters(temporal.direction, temporal.layers, config.dtype)
 
         @jax.jit
         def encode(params, frames, segments, frame_groups):
@@ -44,7 +46,7 @@ class Offline:
         segments = padded(np.zeros(count, np.int32), -1)
         groups = padded(config.reduction.frame_groups(count), -1)
         with jax.set_mesh(self._model.mesh):
-            tokens = self._encode(self._model.weights.encoder, padded(frames, 0), segments, groups)
+            tokens = self._encode(self._params, padded(frames, 0), segments, groups)
         tokens = np.asarray(tokens)[0].reshape(-1, config.group_tokens, config.decoder.width)
         return tokens[: config.reduction.groups(count)]
 

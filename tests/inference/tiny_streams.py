@@ -20,17 +20,25 @@ DECODER = {"tied_embeddings": False, "vocab_size": 264}
 
 
 @functools.cache
-def weighted(axes: MeshConfig, devices: int, direction: str, layers: int, dtype: str):
-    """A model with random parameters, as it is loaded."""
+def parameters(direction: str, layers: int, dtype: str) -> dict:
+    """Random ones, as training has them but for the dtype; on the host."""
     temporal = {"direction": direction, "layers": layers}
-    run = dataclasses.replace(
-        run_config(), model=tiny_model(temporal=temporal, decoder=DECODER, dtype=dtype)
-    )
+    model = StormModel(tiny_model(temporal=temporal, decoder=DECODER))
+    made = jax.jit(model.init)(jax.random.key(3))
+    return jax.tree.map(lambda x: np.asarray(x.astype(dtype)), made)
+
+
+@functools.cache
+def weighted(axes: MeshConfig, devices: int, direction: str, layers: int, dtype: str):
+    """A model with these parameters, as it is loaded."""
+    temporal = {"direction": direction, "layers": layers}
+    config = tiny_model(temporal=temporal, decoder=DECODER, dtype=dtype)
+    run = dataclasses.replace(run_config(), model=config)
     model, mesh = StormModel(run.model), make_mesh(axes, jax.devices()[:devices])
     abstract = abstract_params(model, mesh, jnp.dtype(dtype))
     params = jax.tree.map(
-        lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding),
-        jax.jit(model.init)(jax.random.key(3)),
+        lambda x, to: jax.device_put(x, to.sharding),
+        parameters(direction, layers, dtype),
         abstract,
     )
     return made_ready(run, params, mesh)
