@@ -33,8 +33,9 @@ class Watched:
             question_tokens=ROOM,
             tell=lambda event: self.events.append((self.stream.frames, event)),
         )
-        asker.warm_up()
-        self.stream.warm_up()
+        if drop:
+            self.stream.warm_up()
+            asker.warm_up()
         self.feed = Feed(frames, depth=8, drop=drop)
         self.watch = Watch(self.feed, self.stream, asker, questions)
         self.watch.run()
