@@ -186,11 +186,14 @@ class CachedDecoder:
         y = apply(self._norm(x_BSD, layer.attention_norm), layer.qkv, 1)
         if layer.qkv_bias is not None:
             y = (y.astype(jnp.float32) + layer.qkv_bias).astype(y.dtype)
-        q, k, v = y[:, :, :, :-2], y[:, :, :, -2:-1], y[:, :, :, -1]
-        q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
+        qk, v = y[:, :, :, :-1], y[:, :, :, -1]
+        if layer.query_norm is not None:
+            q, k = qk[:, :, :, :-1], qk[:, :, :, -1:]
+            q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
+            qk = jnp.concatenate([q, k], axis=3)
         cos, sin = turns.local if slots.window_of(self.config, index) else turns.whole
-        angles = cos[:, :, None], sin[:, :, None]
-        return rotate(q, *angles), rotate(k, *angles)[:, :, :, 0], v
+        qk = rotate(qk, cos[:, :, None], sin[:, :, None])
+        return qk[:, :, :, :-1], qk[:, :, :, -1], v
 
     def _after(self, layer: LayerWeights, x_BSD: jax.Array, h_BSKGC: jax.Array) -> jax.Array:
         """What follows attention in a layer."""

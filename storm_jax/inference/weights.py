@@ -195,6 +195,8 @@ def apply(
     values, outputs = weight.qvalue, weight.ndim - n
     lead = x.shape[: x.ndim - n]
     if math.prod(lead) == 1:
+        # Without the barrier x would be computed again for every output channel.
+        x = jax.lax.optimization_barrier(x)
         wide = x.reshape(x.shape[x.ndim - n :]).astype(jnp.float32) * values.astype(jnp.float32)
         y = jnp.sum(wide, axis=tuple(range(outputs, weight.ndim)))
         y = jnp.expand_dims(y, tuple(range(len(lead))))
