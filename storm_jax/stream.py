@@ -8,7 +8,8 @@ encoder runs forward only. docs/streaming.md has the rest.
 
 Exit status: 0 the source came to its end and every question was answered; 1 the source or the
 checkpoint cannot be used, or the source was lost; 2 the flags make no sense; 3 a question was too
-long for the context; 130 interrupted; 141 nobody reads the answers any more.
+long for the context; 130 interrupted or
+terminated; 141 nobody reads the answers any more.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -306,6 +308,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.ERROR)  # Orbax tells everything that it does
     if len(argv) > 1:
         raise usage(f"arguments not understood: {' '.join(argv[1:])}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service is stopped by it
     try:
         status = run()
     except (checkpoint.CheckpointError, ConfigError, MediaError, text.TokenizerError) as e:

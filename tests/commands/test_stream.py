@@ -197,7 +197,7 @@ def test_interrupted_and_lost(run):
     while "watching" not in command.process.stderr.readline():
         pass
     time.sleep(1)
-    command.process.send_signal(signal.SIGINT)
+    command.process.send_signal(signal.SIGTERM)
     status, out, err = command.finish()
     assert status == 130 and "Traceback" not in err, err
     assert events(out)[1]["frames"] == 6
