@@ -6,10 +6,9 @@
 Questions are typed on standard input, one a line, or come from --ask. The checkpoint's temporal
 encoder runs forward only. docs/streaming.md has the rest.
 
-Exit status: 0 the source came to its end and every question was answered; 1 the source or the
+Exit status: 0 every question was answered and none can come any more; 1 the source or the
 checkpoint cannot be used, or the source was lost; 2 the flags make no sense; 3 a question was too
-long for the context; 130 interrupted or
-terminated; 141 nobody reads the answers any more.
+long for the context; 130 interrupted or terminated; 141 nobody reads the answers any more.
 """
 
 import dataclasses
