@@ -78,6 +78,24 @@ def measure(loaded, case: tuple[int, int, int], args) -> dict:
         result["temporal"] = timed(
             lambda: jax.block_until_ready(encoder._reduce(parts, count).tokens), args.repeats
         )
+    about = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "size": args.size,
+        "quantization": args.quantization,
+        "frames": count,
+        "temporal_pool": pool,
+        "temporal_sampling": sampling,
+        "visual_tokens": visual,
+        "repeats": args.repeats,
+        "set": args.set,
+    }
+
+    def peak() -> float:
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+
+    if args.encoder:
+        return {**about, **result, "peak_gib": peak()}
     media = [encode()]
 
     def first_token(media):
@@ -114,24 +132,8 @@ def measure(loaded, case: tuple[int, int, int], args) -> dict:
             slot = engine.admit(tokens, [encode()], wish)
             engine.step()
         engine.release(slot)
-    device = jax.devices()[0]
-    return {
-        "device": f"{jax.device_count()} x {device.device_kind}",
-        "jax": jax.__version__,
-        "size": args.size,
-        "quantization": args.quantization,
-        "frames": count,
-        "temporal_pool": pool,
-        "temporal_sampling": sampling,
-        "visual_tokens": visual,
-        "prompt_tokens": len(tokens),
-        "context": context,
-        "slots": args.slots,
-        "repeats": args.repeats,
-        "set": args.set,
-        **result,
-        "peak_gib": (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
-    }
+    shape = {"prompt_tokens": len(tokens), "context": context, "slots": args.slots}
+    return {**about, **shape, **result, "peak_gib": peak()}
 
 
 def main() -> None:
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--slots", type=int, default=1)
+    parser.add_argument("--encoder", action="store_true", help="the encoder alone")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", default="", help="folder for a trace of each case")
     parser.add_argument("--out", default="")

@@ -161,6 +161,14 @@ def product(
     )
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form (`jax.nn.gelu(approximate=True)`) of float32, for a bfloat16 result.
+
+    (1 + tanh z) / 2 is the logistic function of 2 z, which takes a GPU fewer instructions.
+    """
+    return x * jax.nn.sigmoid(x * (2 * math.sqrt(2 / math.pi)) * (1 + 0.044715 * x * x))
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, plus_one: bool) -> jax.Array:
     """x / rms(x) * scale over the last axis, in float32; see `RMSNorm`."""
     y = x.astype(jnp.float32)

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from storm_jax.config import Remat, VitConfig
 from storm_jax.models.attention import self_attention
-from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Stack, add_bias, parameter
+from storm_jax.models.layers import KEEP_ALL, LayerNorm, Linear, Stack, add_bias, gelu, parameter
 from storm_jax.parallel.frames import batches
 from storm_jax.parallel.sharding import reshape, shard
 
@@ -59,7 +59,7 @@ class VitBlock(nnx.Module):
         x_BND = x_BND + self.out.with_constant(h, b_v)
         w, b = self.up.after(self.norm2, dtype)
         h = checkpoint_name(self.up.product(self.norm2.normalised(x_BND), w), "mlp")
-        return x_BND + self.down(jax.nn.gelu(add_bias(h, b), approximate=True).astype(dtype))
+        return x_BND + self.down(gelu(add_bias(h, b)).astype(dtype))
 
 
 class Vit(nnx.Module):
