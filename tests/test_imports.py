@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"compile", "convert", "generate", "train"}  # modules of storm_jax that nothing imports
+# Modules of storm_jax that nothing imports.
+COMMANDS = {"compile", "convert", "generate", "stream", "train"}
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training", "workdir"},
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
-    "inference": {"checkpoint", "config", "models", "parallel", "training"},
+    "inference": {"checkpoint", "config", "data", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
 }
 # Files that an export carries: they stand alone there, side by side.

@@ -16,6 +16,8 @@ import numpy as np
 
 from storm_jax.inference import vit
 from storm_jax.inference.load import LoadedModel
+from storm_jax.inference.weights import Weights
+from storm_jax.models.storm import Storm
 from storm_jax.parallel.frames import spread
 from storm_jax.parallel.sharding import reshape
 
@@ -48,6 +50,19 @@ class Visual:
     mixed: int
 
 
+def frame_tokens(storm: Storm, weights: Weights, frames_FHWC: jax.Array) -> jax.Array:
+    """Tokens of every frame alone, behind the projector, [F, N, D]. Traced.
+
+    Args:
+      storm: bound to the encoder of `weights`.
+      frames_FHWC: uint8 [F, side, side, 3].
+    """
+    x, collected = spread(frames_FHWC[None])
+    F = x.shape[1]
+    x = vit.encode(storm.vit, weights.vit, reshape(x, F, *x.shape[2:]), storm.dtype)
+    return collected(storm.projector(reshape(x, 1, F, *x.shape[1:])))[0]
+
+
 class Encoder:
     """Encodes one medium after another."""
 
@@ -59,11 +74,7 @@ class Encoder:
 
         @functools.partial(jax.jit, compiler_options=options)
         def features(weights, frames_FHWC):
-            storm = model.bind(weights.encoder)
-            x, collected = spread(frames_FHWC[None])
-            F = x.shape[1]
-            x = vit.encode(storm.vit, weights.vit, reshape(x, F, *x.shape[2:]), storm.dtype)
-            return collected(storm.projector(reshape(x, 1, F, *x.shape[1:])))[0]
+            return frame_tokens(model.bind(weights.encoder), weights, frames_FHWC)
 
         @functools.partial(jax.jit, static_argnames="groups")
         def reduced(params, features, frame_segments, frame_groups, groups):

@@ -26,7 +26,8 @@ def videos(tmp_path_factory) -> Path:
 class Command:
     """Runs `python -m storm_jax.NAME` in the repository's root on one simulated device."""
 
-    def __init__(self, name: str, *arguments: str):
+    def __init__(self, name: str, *arguments: str, stdin=None):
+        """`stdin` is that of `subprocess.Popen`."""
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -37,6 +38,7 @@ class Command:
             [sys.executable, "-m", f"storm_jax.{name}", *arguments],
             cwd=ROOT,
             env=environment,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
