@@ -124,6 +124,8 @@ class _Checked(httpx2.AsyncBaseTransport):
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
             raise _NotAllowed("only http:// and https://, without a user's name, are fetched")
         port = url.port or {"http": 80, "https": 443}[url.scheme]
+        if port > 65535:
+            raise httpx2.InvalidURL(f"port {port}")
         checked = httpx2.Request(
             request.method,
             url.copy_with(host=await self._address(url.host, port)),
