@@ -17,7 +17,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["storm_jax", "storm_jax.*"]) + find_packages("kernels"),
-    package_data={"storm_jax.interop.twin": ["*.jinja"]},  # what travels with an export
+    package_data={
+        "storm_jax.interop.twin": ["*.jinja"],  # what travels with an export
+        "storm_jax.serving": ["page.html"],
+    },
     package_dir={"storm_kernels": "kernels/storm_kernels"},
     install_requires=[
         "absl-py>=2.1",
@@ -45,6 +48,12 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gcs": ["gcsfs>=2025.3"],  # workdirs in gs:// buckets
         "torch": ["torch==2.13.0"],
+        "serve": [
+            "fastapi>=0.120",
+            "httpx2>=2.10",  # media of other servers; huggingface-hub brings it too
+            "prometheus-client>=0.22",
+            "uvicorn>=0.40",
+        ],
         # further formats of data sets
         "parquet": ["pyarrow>=16"],
         "tfds": ["tensorflow-datasets>=4.9.9"],  # needs no TensorFlow

@@ -20,6 +20,7 @@ from storm_jax.inference.engine import Engine
 from storm_jax.inference.load import load, with_frames
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.text import AnswerText
+from storm_jax.inference.tokenizer import load_tokenizer
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
@@ -37,12 +38,6 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 always takes the best t
 _SEED = flags.DEFINE_integer("seed", 0, "Of random choices.")
 
 
-def load_tokenizer(path: str, name: str):
-    """The tokenizer that was saved beside the checkpoints, else the one that the config names."""
-    saved = checkpoint.find(path)[0].parent / "tokenizer"
-    return text.load_tokenizer(str(saved) if saved.is_dir() else name)
-
-
 def run() -> None:
     began = time.perf_counter()
     loaded = load(_CHECKPOINT.value)
@@ -55,7 +50,7 @@ def run() -> None:
             config, model=dataclasses.replace(config.model, reduction=reduction)
         )
     loaded = dataclasses.replace(loaded, config=config)
-    tokenizer = load_tokenizer(_CHECKPOINT.value, config.data.tokenizer)
+    tokenizer = load_tokenizer(_CHECKPOINT.value, config)
     times = {"load": time.perf_counter() - began}
 
     began = time.perf_counter()

@@ -7,28 +7,23 @@ docs/serving.md explains every flag. SIGTERM ends it: no new requests are taken,
 have --grace seconds to finish. Exit status 0 then; 1 for a checkpoint or flags that cannot be used.
 """
 
+import dataclasses
 import os
 import signal
 import socket
 import sys
 import time
-from pathlib import Path
 
-import uvicorn
+import jax
 from absl import app, flags
 
 from storm_jax import checkpoint
 from storm_jax.config import ConfigError
 from storm_jax.data import text
-from storm_jax.inference import load as loading
-from storm_jax.inference.engine import Engine
-from storm_jax.serving import app as web
-from storm_jax.serving.chat import Chat
-from storm_jax.serving.connections import PatientProtocol
-from storm_jax.serving.media import MediaReader
-from storm_jax.serving.metrics import Metrics
-from storm_jax.serving.remote import Remote
-from storm_jax.serving.scheduler import Scheduler
+from storm_jax.inference.engine import ContextError
+from storm_jax.inference.load import load, with_frames
+from storm_jax.inference.tokenizer import load_tokenizer
+from storm_jax.serving.server import Server
 from storm_jax.serving.settings import Settings
 
 _MB = 1 << 20
@@ -45,7 +40,7 @@ _KEY = flags.DEFINE_string(
 )
 _SLOTS = flags.DEFINE_integer("slots", 8, "Answers that are generated at one time.", 1)
 _CONTEXT = flags.DEFINE_integer(
-    "context", 0, "Tokens of a slot, prompt and answer; 0: as long as rows were in training.", 0
+    "context", 0, "Tokens of a slot; 0: a row of training, and --max-tokens for the answer.", 0
 )
 _FRAMES = flags.DEFINE_integer("frames", 0, "Frames of a video, at most; 0: as in training.", 0)
 _SAMPLING = flags.DEFINE_integer(
@@ -89,16 +84,6 @@ _GRACE = flags.DEFINE_integer("grace", 30, "Seconds for running requests after S
 _WARM = flags.DEFINE_boolean("warm-up", True, "Compile before the first request.")
 
 
-class _Server(uvicorn.Server):
-    """Says when it listens."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        host, port = (sockets or [])[0].getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        print(f"serving {_NAME.value} at http://{host}:{port}", file=sys.stderr, flush=True)
-
-
 def bound(host: str, port: int) -> socket.socket:
     """A socket that has its address and does not listen yet.
 
@@ -115,3 +100,67 @@ def bound(host: str, port: int) -> socket.socket:
             f"cannot listen on --host={host} --port={port}: {error.strerror}"
         ) from error
     return listening
+
+
+def run() -> None:
+    began = time.perf_counter()
+    listening = bound(_HOST.value, _PORT.value)  # first, for it costs nothing to fail here
+    loaded = load(_CHECKPOINT.value)
+    config = loaded.config
+    if _FRAMES.value:
+        config = with_frames(config, _FRAMES.value)
+    if _SAMPLING.value:
+        reduction = dataclasses.replace(config.model.reduction, temporal_sampling=_SAMPLING.value)
+        model = dataclasses.replace(config.model, reduction=reduction)
+        config = dataclasses.replace(config, model=model)
+    loaded = dataclasses.replace(loaded, config=config)
+    tokenizer = load_tokenizer(_CHECKPOINT.value, config)
+    settings = Settings(
+        model=_NAME.value or config.name,
+        api_key=_KEY.value or os.environ.get("STORM_JAX_API_KEY", ""),
+        allowed_media_path=tuple(_MEDIA_PATHS.value),
+        allow_remote_media=_REMOTE.value,
+        max_frames=config.data.frames.max_frames,
+        max_media=_MAX_MEDIA.value,
+        max_pixels=_PIXELS.value,
+        max_body_bytes=_BODY.value * _MB,
+        max_media_bytes=_MEDIA.value * _MB,
+        max_requests=_MAX_REQUESTS.value,
+        max_tokens=_MAX_TOKENS.value,
+        receive_seconds=_RECEIVE_SECONDS.value,
+        decode_seconds=config.data.decode_timeout,
+        request_seconds=_REQUEST_SECONDS.value,
+        decoders=_DECODERS.value,
+        cache_bytes=_CACHE.value * _MB,
+    )
+    context = _CONTEXT.value or config.data.sequence_length + _MAX_TOKENS.value
+    server = Server(settings, loaded, tokenizer, slots=_SLOTS.value, context=context)
+    _say(f"{settings.model}: {_SLOTS.value} slots of {context} tokens on {jax.devices()[0]}")
+    if _WARM.value:
+        _say(f"compiling for an image and for {settings.max_frames} frames")
+        server.warm_up()
+    _say(f"ready after {time.perf_counter() - began:.1f} s")
+    host, port = listening.getsockname()[:2]
+    at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    # uvicorn ends gracefully on these, and then sends them again to whoever had them before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server.run(listening, _GRACE.value, lambda: _say(f"serving at {at}"))
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments not understood: {' '.join(argv[1:])}")
+    try:
+        run()
+    except (checkpoint.CheckpointError, ConfigError, ContextError, text.TokenizerError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    app.run(main)

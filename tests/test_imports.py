@@ -6,7 +6,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"compile", "convert", "generate", "train"}  # modules of storm_jax that nothing imports
+# Modules of storm_jax that nothing imports.
+COMMANDS = {"compile", "convert", "generate", "serve", "train"}
+    "compile",
+    "convert",
+    "generate",
+    "serve",
+    "train",
+}  # modules of storm_jax that nothing imports
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
@@ -23,8 +30,9 @@ MAY_IMPORT = {
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training", "workdir"},
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
-    "inference": {"checkpoint", "config", "models", "parallel", "training"},
+    "inference": {"checkpoint", "config", "data", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
+    "serving": {"config", "data", "inference"},
 }
 # Files that an export carries: they stand alone there, side by side.
 TWIN = ROOT / "storm_jax" / "interop" / "twin"

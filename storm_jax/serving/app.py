@@ -1,5 +1,6 @@
 """The web application: chat completions, models, health, metrics, and a page to try them."""
 
+import asyncio
 import contextlib
 import hmac
 import json
@@ -13,6 +14,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from storm_jax.serving import schema
@@ -42,7 +44,7 @@ def build(settings: Settings, scheduler: Scheduler, chat: Chat, metrics: Metrics
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await chat.close()
-        scheduler.close()
+        await asyncio.to_thread(scheduler.close)
 
     # The pages that FastAPI makes of a schema load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -89,7 +91,7 @@ def build(settings: Settings, scheduler: Scheduler, chat: Chat, metrics: Metrics
         return JSONResponse(model)
 
     completions = _Completions(settings, chat, metrics)
-    app.add_route("/v1/chat/completions", completions, methods=["POST"])
+    app.router.routes.append(Route("/v1/chat/completions", completions, methods=["POST"]))
     return app
 
 

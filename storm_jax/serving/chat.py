@@ -63,7 +63,7 @@ class Chat:
     @contextlib.asynccontextmanager
     async def answer(
         self, request: ChatRequest, usage: Usage
-    ) -> AsyncIterator[AsyncIterator[Delta]]:
+    ) -> AsyncGenerator[AsyncIterator[Delta]]:
         """A context with an answer that has begun; leaving it early frees the slot.
 
         Args:

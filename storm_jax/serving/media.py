@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import quote
 
 import numpy as np
@@ -157,7 +157,7 @@ class MediaReader:
         known = self._hashes.get(stamp) if status.st_nlink else None
         if known is None:
             file.seek(0)
-            known = hashlib.file_digest(file, "sha256").digest()
+            known = hashlib.file_digest(cast(Any, file), "sha256").digest()
             if status.st_nlink:
                 while len(self._hashes) >= _REMEMBERED:
                     self._hashes.pop(next(iter(self._hashes)), None)

@@ -1,0 +1,20 @@
+"""The tokenizer that belongs to a checkpoint."""
+
+from storm_jax import checkpoint
+from storm_jax.config import RunConfig
+from storm_jax.data import text
+
+
+def load_tokenizer(path: str, config: RunConfig):
+    """The tokenizer that was saved beside the checkpoints, else the one that the config names.
+
+    Args:
+      path: a training workdir, or one checkpoint in it.
+      config: that was saved with it.
+
+    Raises:
+      CheckpointError: there is no checkpoint.
+      TokenizerError: the tokenizer cannot be had.
+    """
+    saved = checkpoint.find(path)[0].parent / "tokenizer"
+    return text.load_tokenizer(str(saved) if saved.is_dir() else config.data.tokenizer)
