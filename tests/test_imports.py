@@ -8,12 +8,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Modules of storm_jax that nothing imports.
 COMMANDS = {"compile", "convert", "generate", "serve", "train"}
-    "compile",
-    "convert",
-    "generate",
-    "serve",
-    "train",
-}  # modules of storm_jax that nothing imports
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {

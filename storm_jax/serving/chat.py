@@ -5,8 +5,9 @@ import contextlib
 import copy
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from storm_jax.data.video import MediaError
 from storm_jax.inference.engine import ContextError
 from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
+from storm_jax.inference.temporal_sampling import sampled
 from storm_jax.serving import conversation
 from storm_jax.serving.answers import Usage
 from storm_jax.serving.conversation import Source
@@ -27,6 +29,8 @@ from storm_jax.serving.scheduler import Delta, EngineFailed, Generation, Schedul
 from storm_jax.serving.schema import ChatRequest
 from storm_jax.serving.settings import Settings
 from storm_jax.serving.visual_cache import VisualCache
+
+T = TypeVar("T")
 
 # Longer texts are refused before they are tokenized: no tokenizer makes a token of so many
 # characters of real text.
@@ -58,7 +62,7 @@ class Chat:
         self._stop_tokens = text.stop_tokens(tokenizer, config.data.chat_template)
         self._cache = VisualCache(settings.cache_bytes, metrics)
         self._encoding = asyncio.Semaphore(settings.decoders)  # decoded media in host memory
-        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
+        self._prompts = ThreadPoolExecutor(1, "prompts")  # the tokenizer is not for several
 
     @contextlib.asynccontextmanager
     async def answer(
@@ -78,7 +82,7 @@ class Chat:
         frames = request.frames or self._settings.max_frames
         visuals = await self._visuals(sources, frames, usage)
         usage.media_seconds = time.perf_counter() - began
-        tokens = await self._tokens(turns, visuals)
+        visuals, tokens = await self._blocking(lambda: self._prompt(request, turns, visuals))
         new_tokens = self._new_tokens(request.new_tokens, len(tokens), visuals)
         usage.prompt_tokens, usage.media = len(tokens), len(visuals)
         for visual in visuals:
@@ -108,7 +112,7 @@ class Chat:
             yield deltas()
 
     async def close(self) -> None:
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._prompts.shutdown(wait=False, cancel_futures=True)
         await self._reader.close()
 
     def _check(self, request: ChatRequest, turns: list[Turn], sources: list[Source]) -> None:
@@ -128,6 +132,13 @@ class Chat:
         if (request.frames or 1) > settings.max_frames:
             raise invalid(
                 f"frames={request.frames}: at most {settings.max_frames} are taken", "frames"
+            )
+        trained = self._config.model.reduction.temporal_sampling
+        if request.temporal_sampling and request.temporal_sampling % trained:
+            raise invalid(
+                f"temporal_sampling={request.temporal_sampling} is no multiple of {trained},"
+                " which is what this server samples with",
+                "temporal_sampling",
             )
         characters = sum(len(turn.text) for turn in turns)
         if characters > _CHARACTERS_A_TOKEN * self._context:
@@ -168,20 +179,28 @@ class Chat:
                 f"{source.where}: {error.reason}", source.where, "invalid_media"
             ) from error
 
-    async def _tokens(self, turns: list[Turn], visuals: list[Visual]) -> np.ndarray:
-        def encode() -> np.ndarray:
-            return text.encode_prompt(
+    def _prompt(
+        self, request: ChatRequest, turns: list[Turn], visuals: list[Visual]
+    ) -> tuple[list[Visual], np.ndarray]:
+        """The media as the request wants to see them, and the tokens; on the prompts' thread."""
+        model = self._config.model
+        every = (request.temporal_sampling or 1) // model.reduction.temporal_sampling
+        if every > 1:
+            visuals = [sampled(visual, model.group_tokens, every) for visual in visuals]
+        try:
+            tokens = text.encode_prompt(
                 self._tokenizer,
                 self._config.data.chat_template,
                 turns,
                 [visual.count for visual in visuals],
                 conversation.PLACEHOLDER,
             )
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode)
         except text.TemplateError as error:
             raise invalid(f"messages: {error}", "messages") from error
+        return visuals, tokens
+
+    async def _blocking(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._prompts, call)
 
     def _new_tokens(self, asked: int | None, prompt: int, visuals: list[Visual]) -> int:
         room = self._context - prompt

@@ -16,12 +16,16 @@ pytest.importorskip("httpx2")
 import httpx2
 import jax
 
+from storm_jax.config import MeshConfig
 from storm_jax.data import text
-from storm_jax.inference.load import random
+from storm_jax.inference.load import made_ready
+from storm_jax.models.storm import StormModel
+from storm_jax.parallel.mesh import make_mesh
 from storm_jax.serving.connections import PatientProtocol
 from storm_jax.serving.server import Server
 from storm_jax.serving.settings import Settings
 from tests.data.media_files import write
+from tests.inference.test_engine import perturbed
 from tests.tiny import run_config, tiny_model
 
 CONTEXT = 2048
@@ -41,7 +45,10 @@ def tiny_run():
 
 @pytest.fixture(scope="session")
 def loaded():
-    return random(tiny_run(), devices=jax.devices()[:1])
+    run = tiny_run()
+    # Not as they are at first: every answer would repeat one token, whatever was asked.
+    params = perturbed(StormModel(run.model).init(jax.random.key(0)))
+    return made_ready(run, params, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
 
 
 @pytest.fixture(scope="session")
