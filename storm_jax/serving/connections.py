@@ -1,6 +1,8 @@
 """Reading requests from clients that may be slow, hostile or gone."""
 
 import asyncio
+import socket
+import struct
 from collections.abc import Awaitable
 from typing import Any
 
@@ -37,12 +39,18 @@ class PatientProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(self.stall_seconds, self.transport.abort)
+        self._stalled = self.loop.call_later(self.stall_seconds, self._cut)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
+
+    def _cut(self) -> None:
+        # Else the kernel would keep what was sent, and wait on for the client to read it.
+        now = struct.pack("ii", 1, 0)
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+        self.transport.abort()
 
     def _await_head(self) -> None:
         if self._head is not None:

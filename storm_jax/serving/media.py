@@ -192,9 +192,13 @@ def _from_data_url(url: str, where: str, limit: int) -> bytes:
     head, comma, data = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise invalid(f"{where}: a data: URL reads data:TYPE;base64,DATA", where)
-    if len(data) * 3 // 4 > limit + 2:
-        raise ApiError(413, f"{where}: is larger than {limit} bytes", "media_too_large", where)
+    too_large = ApiError(413, f"{where}: is larger than {limit} bytes", "media_too_large", where)
+    if len(data) * 3 // 4 > limit + 2:  # padding may take two bytes away
+        raise too_large
     try:
-        return binascii.a2b_base64(data, strict_mode=True)
+        decoded = binascii.a2b_base64(data, strict_mode=True)
     except ValueError as error:  # also of characters that are not ASCII
         raise invalid(f"{where}: its base64 cannot be read: {error}", where) from error
+    if len(decoded) > limit:
+        raise too_large
+    return decoded

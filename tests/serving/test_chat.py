@@ -246,28 +246,13 @@ def test_sampling(client, media):
 
 def test_stop_strings(client, media):
     part = video(data_url(media / "clip.mp4"))
-    whole = ask(
-        client,
-        part,
-        words("x"),
-        max_tokens=200,
-        temperature=0,
-        extra_body={"repetition_penalty": 1.5},
-    )
+    fields = dict(max_tokens=200, temperature=0, extra_body={"repetition_penalty": 1.5})
+    whole = ask(client, part, words("x"), **fields)
     content = whole.choices[0].message.content
     stop = content[20:23]
     assert len(stop) == 3
     for stream in (False, True):
-        answer = ask(
-            client,
-            part,
-            words("x"),
-            max_tokens=200,
-            stop=["\0none", stop],
-            stream=stream,
-            temperature=0,
-            extra_body={"repetition_penalty": 1.5},
-        )
+        answer = ask(client, part, words("x"), stop=["\0none", stop], stream=stream, **fields)
         if stream:
             chunks = list(answer)
             text_ = "".join(c.choices[0].delta.content or "" for c in chunks)
