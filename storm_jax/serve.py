@@ -23,7 +23,6 @@ from storm_jax.data import text
 from storm_jax.inference.engine import ContextError
 from storm_jax.inference.load import load, with_frames
 from storm_jax.inference.tokenizer import load_tokenizer
-from storm_jax.serving.server import Server
 from storm_jax.serving.settings import Settings
 
 _MB = 1 << 20
@@ -103,6 +102,12 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def run() -> None:
+    try:
+        from storm_jax.serving.server import Server
+    except ImportError as error:
+        raise ConfigError(
+            f"the server's packages are not installed ({error}): pip install 'storm_jax[serve]'"
+        ) from error
     began = time.perf_counter()
     listening = bound(_HOST.value, _PORT.value)  # first, for it costs nothing to fail here
     loaded = load(_CHECKPOINT.value)

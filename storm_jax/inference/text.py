@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 
+# Characters of U+FFFD at the end that may become others. Half a character is three at most, but a
+# tokenizer that falls back to bytes decodes a run of them as a whole or not at all.
+_LONGEST_HALF = 32
+
 
 class AnswerText:
     """The text of one answer.
@@ -27,14 +31,12 @@ class AnswerText:
         if self.stopped:
             return ""
         self._ids += ids
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if text.endswith("\ufffd") and len(text) - len(self._given) < 8:
-            return ""
-        new, self._given = text[len(self._given) :], text
+        text = self._final()
+        new, self._given = text[len(self._given) :], max(self._given, text, key=len)
         if len(self._ids) > 64 and new:
             # Tokens of a word's start decode differently alone, so some stay for what follows.
             self._ids = self._ids[-8:]
-            self._given = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            self._given = self._final()
         return self._release(new)
 
     def close(self) -> str:
@@ -48,6 +50,12 @@ class AnswerText:
             return given
         rest, self._held = self._held, ""
         return given + rest
+
+    def _final(self) -> str:
+        """The text of the ids, without an end that may be part of a character."""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        whole = text.rstrip("\ufffd")
+        return whole if len(text) - len(whole) <= _LONGEST_HALF else text
 
     def _release(self, new: str) -> str:
         text = self._held + new
