@@ -45,6 +45,9 @@ _FRAMES = flags.DEFINE_integer("frames", 0, "Frames of a video, at most; 0: as i
 _SAMPLING = flags.DEFINE_integer(
     "temporal-sampling", 0, "Keep every so many pooled frames; 0: as in training.", 0
 )
+_QUANTIZATION = flags.DEFINE_enum(
+    "quantization", "", ["", "int8", "fp8"], "Of the decoder's weights."
+)
 _MAX_TOKENS = flags.DEFINE_integer(
     "max-tokens", _SETTINGS.max_tokens, "Longest answer, where a request does not say.", 1
 )
@@ -110,7 +113,7 @@ def run() -> None:
         ) from error
     began = time.perf_counter()
     listening = bound(_HOST.value, _PORT.value)  # first, for it costs nothing to fail here
-    loaded = load(_CHECKPOINT.value)
+    loaded = load(_CHECKPOINT.value, quantization=_QUANTIZATION.value)
     config = loaded.config
     if _FRAMES.value:
         config = with_frames(config, _FRAMES.value)

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def build(settings: Settings, scheduler: Scheduler, chat: Chat, metrics: Metrics
     @app.exception_handler(HTTPException)
     async def _no_such_route(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:80]}: {error.detail}"
-        refused = ApiError(error.status_code, message, "not_found")
+        refused = ApiError(error.status_code, message, HTTPStatus(error.status_code).name.lower())
         return JSONResponse(refused.body(), error.status_code, error.headers)
 
     @app.get("/")
@@ -106,6 +107,15 @@ def _authorise(settings: Settings, request: Request) -> None:
         )
 
 
+def _require_json(request: Request) -> None:
+    """Other pages in a user's browser can send anything but this without asking first."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(
+            415, f"Content-Type is {kind[:40]!r}, not application/json", "unsupported_media_type"
+        )
+
+
 class _Sender:
     """`send` of a response that may turn out to be an error before it has begun, or after."""
 
@@ -142,6 +152,7 @@ class _Completions:
         status = "499"  # as nginx has it: the client was gone
         try:
             _authorise(self._settings, request)
+            _require_json(request)
             with self._place():
                 body = await read_body(
                     request.headers,
@@ -162,6 +173,9 @@ class _Completions:
             seconds = self._settings.request_seconds
             error = ApiError(503, f"took longer than {seconds:g} s", "timeout", retry_after=10)
             status = await self._refuse(error, sender, receive, read)
+        except asyncio.CancelledError:  # by uvicorn, when the time for running requests is over
+            error = ApiError(503, "the server is going down", "unavailable", retry_after=10)
+            status = await self._refuse(error, sender, receive, read=True)
         except Exception as caught:
             error = as_api_error(caught)
             if error.status == 500:

@@ -53,7 +53,7 @@ class Chat:
         """
         Args:
           config: of the checkpoint.
-          tokenizer: must not be the scheduler's object: tokenizers are not safe for two threads.
+          tokenizer: is copied, for the scheduler uses it too and tokenizers are for one thread.
           context: positions of a slot, for prompt and answer together.
         """
         self._settings, self._config, self._context = settings, config, context
@@ -229,6 +229,7 @@ class Chat:
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         generation = Generation(tokens, tuple(visuals), sampling, stop, deliver)
+        visuals.clear()  # else they would stay on the device until the answer ends
         finished = False
         try:
             self._scheduler.submit(generation)

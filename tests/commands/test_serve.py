@@ -117,11 +117,14 @@ def test_the_grace_ends(saved):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
             head += b"Authorization: Bearer from the environment\r\n"
+            head += b"Content-Type: application/json\r\n"
             connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
             time.sleep(0.3)
             began = time.monotonic()
             assert server.end(signal.SIGINT) == 0
             assert time.monotonic() - began < 30
+            assert b" 503 " in connection.recv(65536)
+            assert not any("Traceback" in line for line in server.lines), server.lines
     finally:
         server.process.kill()
 

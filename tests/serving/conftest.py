@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,16 @@ class Running:
         return sum(float(line.split()[-1]) for line in lines if line.split()[0] == name) + sum(
             float(line.split()[-1]) for line in lines if line.startswith(name + "{")
         )
+
+    def idle(self, seconds: float = 5.0) -> None:
+        """Waits until no request is left; says so if one does not go in that time."""
+        engine = self.server.scheduler._engine
+        deadline = time.monotonic() + seconds
+        while self.metric("storm_requests_open") or self.metric("storm_requests_running"):
+            assert time.monotonic() < deadline, "a request was not given back"
+            time.sleep(0.01)
+        assert engine.free_slots == self.metric("storm_slots")
+        assert self.metric("storm_requests_waiting") == 0
 
 
 @contextlib.contextmanager

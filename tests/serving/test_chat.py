@@ -15,11 +15,9 @@ from storm_jax.config import FrameConfig
 from storm_jax.data import text
 from storm_jax.data import video as reading
 from storm_jax.data.conversation import Media, Turn
-from storm_jax.inference.engine import Engine
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.text import AnswerText
 from tests.serving.conftest import (
-    CONTEXT,
     MODEL,
     SETTINGS,
     data_url,
@@ -41,16 +39,17 @@ def client(served):
         yield found
 
 
-@pytest.fixture(scope="module")
-def direct(loaded, tokenizer):
+@pytest.fixture
+def direct(served, tokenizer):
     """The engine alone: what it answers to turns with <video>, given the media's frames.
 
     Random choices with a seed: they show the slightest difference, where greedy ones of a random
     model do not.
     """
-    engine = Engine(loaded, slots=1, context=CONTEXT)
+    engine = served.server.scheduler._engine  # whose thread waits while no request is there
 
     def answer(turns, media, **fields):
+        served.idle()
         visuals = [engine.encode(frames) for frames in media]
         counts = [v.count for v in visuals]
         tokens = text.encode_prompt(tokenizer, RUN.data.chat_template, turns, counts)
@@ -301,13 +300,14 @@ def test_many_at_once_are_each_answered_alone(served, direct, media):
     for i, said in enumerate(asyncio.run(everyone())):
         turns = [Turn("user", "<video>\n" + "What " * (i % 5) + str(i))]
         assert said == direct(turns, [clips[i % 2]], max_new_tokens=20 + i)[0], i
-    assert served.metric("storm_requests_running") == served.metric("storm_requests_open") == 0
+    served.idle()
 
 
 def test_metrics_count(served, client, media):
     names = ("storm_prompt_tokens_total", "storm_answer_tokens_total", "storm_requests_total")
     before = {name: served.metric(name) for name in names}
     answer = ask(client, video(data_url(media / "clip.mp4")), words("x"), max_tokens=7)
+    served.idle()
     grown = [served.metric(name) - before[name] for name in names]
     assert grown == [answer.usage.prompt_tokens, answer.usage.completion_tokens, 1]
     assert served.metric("storm_slots") == 4

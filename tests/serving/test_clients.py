@@ -38,18 +38,8 @@ def served(loaded, tokenizer):
 @pytest.fixture(autouse=True)
 def _nothing_stays(served):
     yield
-    idle(served)
+    served.idle()
     assert served.ask("hello").status_code == 200
-
-
-def idle(served, seconds=3.0):
-    """Waits until no request is left, and says in time if one is."""
-    engine = served.server.scheduler._engine
-    deadline = time.monotonic() + seconds
-    while served.metric("storm_requests_open") or engine.free_slots < 2:
-        assert time.monotonic() < deadline, "a request or a slot was not given back"
-        time.sleep(0.02)
-    assert served.metric("storm_requests_running") == served.metric("storm_requests_waiting") == 0
 
 
 def long(stream: bool, **fields) -> bytes:
@@ -88,7 +78,7 @@ def test_leaving_in_the_middle_of_an_answer(served, stream):
     connection.sendall(long(stream))
     running_now(served, 1)
     connection.close()
-    idle(served, 2.0)
+    served.idle(2.0)
     assert served.metric("storm_answer_tokens_total") - before < 1000
     assert served.metric('storm_requests_total{status="499"}') >= 1
 
@@ -145,7 +135,7 @@ def test_leaving_while_media_are_read(served, media, monkeypatch):
         time.sleep(0.01)
     for connection in connections:
         connection.close()
-    idle(served)
+    served.idle()
     time.sleep(0.6)
     assert len(encoded) < 3
 
@@ -228,7 +218,7 @@ def test_a_client_that_reads_late(served):
     """The slot does not wait for it: the answer is made at the engine's pace."""
     with connected(served) as connection:
         connection.sendall(long(True, max_tokens=200))
-        idle(served, 4.0)
+        served.idle(4.0)
         received = b""
         while b"[DONE]" not in received:
             received += connection.recv(65536)

@@ -24,12 +24,14 @@ from tests.serving.conftest import (
     words,
 )
 
+JSON = {"Content-Type": "application/json"}
+
 
 @pytest.fixture(autouse=True)
 def _serves_on(served):
     """Whatever a test sends, nothing of it stays behind and the next request is answered."""
     yield
-    assert served.metric("storm_requests_open") == served.metric("storm_requests_running") == 0
+    served.idle()
     assert served.ask("hello").status_code == 200
 
 
@@ -42,7 +44,11 @@ def refused(answer, status=400) -> dict:
 
 def test_malformed(served):
     for content in (b"{", b"", b"\xff", b"[]", b"null", b'{"model": 1}', b"[" * 10_000):
-        refused(served.client.post("/v1/chat/completions", content=content))
+        refused(served.client.post("/v1/chat/completions", content=content, headers=JSON))
+    for kind in (None, "text/plain", "multipart/form-data; boundary=x"):
+        headers = {} if kind is None else {"Content-Type": kind}
+        answer = served.client.post("/v1/chat/completions", content=b"{}", headers=headers)
+        assert refused(answer, 415)["code"] == "unsupported_media_type"
     error = refused(served.ask("hello", temperature="hot"))
     assert error["param"] == "temperature" and "'hot'" in error["message"]
     assert refused(served.ask("hello", n=3))["code"] == "unsupported_value"
@@ -153,7 +159,7 @@ def test_sizes(served):
     assert error["code"] == "media_too_large" and str(limit) in error["message"]
     assert refused(served.ask(video(data_url(bytes(limit)))))["code"] == "invalid_media"
     body = b'{"model": "' + b"x" * SETTINGS.max_body_bytes + b'"}'
-    answer = served.client.post("/v1/chat/completions", content=body)
+    answer = served.client.post("/v1/chat/completions", content=body, headers=JSON)
     assert refused(answer, 413)["code"] == "request_too_large"
 
 

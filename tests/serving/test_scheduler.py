@@ -176,4 +176,3 @@ def test_a_server_whose_engine_failed(loaded, tokenizer, monkeypatch):
             assert answer.json()["error"]["code"] == "unavailable"
         health = found.client.get("/health")
         assert health.status_code == 503 and "device is gone" in health.json()["error"]
-        assert found.metric("storm_requests_open") == 0
