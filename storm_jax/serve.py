@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from typing import cast
 
 import jax
 from absl import app, flags
@@ -23,6 +24,7 @@ from storm_jax.data import text
 from storm_jax.inference.engine import ContextError
 from storm_jax.inference.load import load, with_frames
 from storm_jax.inference.tokenizer import load_tokenizer
+from storm_jax.inference.weights import Quantization
 from storm_jax.serving.settings import Settings
 
 _MB = 1 << 20
@@ -113,7 +115,7 @@ def run() -> None:
         ) from error
     began = time.perf_counter()
     listening = bound(_HOST.value, _PORT.value)  # first, for it costs nothing to fail here
-    loaded = load(_CHECKPOINT.value, quantization=_QUANTIZATION.value)
+    loaded = load(_CHECKPOINT.value, quantization=cast(Quantization, _QUANTIZATION.value))
     config = loaded.config
     if _FRAMES.value:
         config = with_frames(config, _FRAMES.value)

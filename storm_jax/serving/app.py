@@ -6,7 +6,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Generator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def build(settings: Settings, scheduler: Scheduler, chat: Chat, metrics: Metrics
     """The application; when it ends, it closes `chat` and `scheduler`."""
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
         await chat.close()
         await asyncio.to_thread(scheduler.close)
@@ -185,7 +185,7 @@ class _Completions:
             self._note(status, usage, time.perf_counter() - began)
 
     @contextlib.contextmanager
-    def _place(self):
+    def _place(self) -> Generator[None]:
         limit = self._settings.max_requests
         if self._open >= limit:
             raise ApiError(

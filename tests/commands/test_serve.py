@@ -16,13 +16,15 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx2")
+pytest.importorskip("prometheus_client")
 pytest.importorskip("openai")
 import openai
 
 from storm_jax import checkpoint
 from storm_jax.models.storm import StormModel
 from tests.commands.conftest import ROOT, Command
-from tests.serving.conftest import data_url, tiny_run, video, words
+from tests.serving.conftest import tiny_run
+from tests.serving.harness import data_url, video, words
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,11 @@ import pathlib
 import numpy as np
 import pytest
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx2")
+
 pytest.importorskip("openai")
 import openai
 
@@ -17,13 +22,13 @@ from storm_jax.data import video as reading
 from storm_jax.data.conversation import Media, Turn
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.text import AnswerText
-from tests.serving.conftest import (
+from tests.serving.conftest import tiny_run
+from tests.serving.harness import (
     MODEL,
     SETTINGS,
     data_url,
     image,
     running,
-    tiny_run,
     video,
     words,
 )

@@ -7,8 +7,13 @@ import time
 
 import pytest
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx2")
+
 from storm_jax.serving.connections import PatientProtocol
-from tests.serving.conftest import MODEL, SETTINGS, data_url, running, video, words
+from tests.serving.harness import MODEL, SETTINGS, data_url, running, video, words
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.conftest import SETTINGS, running
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx2")
+
+from tests.serving.harness import SETTINGS, running
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = 16

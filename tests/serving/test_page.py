@@ -7,10 +7,15 @@ import time
 
 import pytest
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx2")
+
 pytest.importorskip("playwright")
 from playwright.sync_api import expect, sync_playwright
 
-from tests.serving.conftest import SETTINGS, running
+from tests.serving.harness import SETTINGS, running
 
 pytestmark = pytest.mark.slow
 expect.set_options(timeout=30_000)  # ms

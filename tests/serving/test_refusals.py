@@ -11,9 +11,14 @@ import time
 
 import pytest
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx2")
+
 from storm_jax.data.text import load_tokenizer
 from tests.data.media_files import blank_png, write, write_audio
-from tests.serving.conftest import (
+from tests.serving.harness import (
     CONTEXT,
     MODEL,
     SETTINGS,

@@ -7,11 +7,16 @@ import jax
 import numpy as np
 import pytest
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx2")
+
 from storm_jax.inference.engine import ContextError, Engine
 from storm_jax.inference.sampling import Sampling
 from storm_jax.serving.metrics import Metrics
 from storm_jax.serving.scheduler import Delta, EngineFailed, Generation, Scheduler
-from tests.serving.conftest import CONTEXT, SETTINGS, running
+from tests.serving.harness import CONTEXT, SETTINGS, running
 
 FRAMES = np.zeros((1, 12, 12, 3), np.uint8)
 

@@ -5,6 +5,8 @@ import asyncio
 import numpy as np
 import pytest
 
+pytest.importorskip("prometheus_client")
+
 from storm_jax.inference.prefill import Visual
 from storm_jax.serving.metrics import Metrics
 from storm_jax.serving.visual_cache import VisualCache
