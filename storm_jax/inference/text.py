@@ -15,7 +15,7 @@ class AnswerText:
 
     Args:
       tokenizer: of transformers; special tokens are left out.
-      stop_strings: the answer ends before the first of them.
+      stop_strings: the answer ends before the one that is complete first.
     """
 
     def __init__(self, tokenizer, stop_strings: Sequence[str] = ()):
@@ -59,10 +59,11 @@ class AnswerText:
 
     def _release(self, new: str) -> str:
         text = self._held + new
-        found = [at for at in (text.find(s) for s in self._stops) if at >= 0]
+        # The first one to be complete, which does not depend on how the tokens came.
+        found = [(text.find(s) + len(s), text.find(s)) for s in self._stops if s in text]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, s) for s in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -44,11 +44,12 @@ def test_bytes_that_are_no_text(data, cuts):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab€", max_size=60), st.lists(st.text("ab€", min_size=1, max_size=4)), CUTS)
+@example("baa", ["a", "baa"], [2])
 def test_stop_strings(whole, stops, cuts):
     pieces, stopped = pushed(list(whole.encode()), cuts, stops)
-    found = [whole.find(s) for s in stops if s in whole]
+    found = [(whole.find(s) + len(s), whole.find(s)) for s in stops if s in whole]
     assert stopped == bool(found)
-    assert "".join(pieces) == (whole[: min(found)] if found else whole)
+    assert "".join(pieces) == (whole[: min(found)[1]] if found else whole)
 
 
 def test_text_comes_as_soon_as_it_is_final():

@@ -16,6 +16,8 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx2")
 
+from hypothesis import HealthCheck, given, settings
+
 from storm_jax.data.text import load_tokenizer
 from tests.data.media_files import blank_png, write, write_audio
 from tests.serving.harness import (
@@ -28,6 +30,7 @@ from tests.serving.harness import (
     video,
     words,
 )
+from tests.serving.test_schema import REQUESTS
 
 JSON = {"Content-Type": "application/json"}
 
@@ -58,6 +61,19 @@ def test_malformed(served):
     assert error["param"] == "temperature" and "'hot'" in error["message"]
     assert refused(served.ask("hello", n=3))["code"] == "unsupported_value"
     assert refused(served.ask("hello", what=3))["code"] == "unknown_parameter"
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(request_=REQUESTS)
+def test_fuzz(served, request_):
+    """Nothing that a client can write is an error of the server."""
+    body = json.dumps(request_ | {"model": MODEL, "max_tokens": 2})
+    answer = served.client.post("/v1/chat/completions", content=body, headers=JSON)
+    assert answer.status_code in (200, 400, 403, 404), answer.text
+    if answer.status_code != 200:
+        refused(answer, answer.status_code)
 
 
 def test_model_and_routes(served):
@@ -270,8 +286,8 @@ def test_remote_media_are_off(served):
 
 def test_remote_media_of_private_addresses(loaded, tokenizer, media):
     """With the flag on, and something that listens and must not be asked."""
-    settings = dataclasses.replace(SETTINGS, allow_remote_media=True)
-    with running(loaded, tokenizer, settings) as open_, socket.create_server(("", 0)) as inner:
+    limits = dataclasses.replace(SETTINGS, allow_remote_media=True)
+    with running(loaded, tokenizer, limits) as open_, socket.create_server(("", 0)) as inner:
         inner.settimeout(0.2)
         port = inner.getsockname()[1]
         for host in (
@@ -290,10 +306,10 @@ def test_remote_media_of_private_addresses(loaded, tokenizer, media):
 
 def test_too_many_requests(loaded, tokenizer):
     """One place, taken by who has not yet sent all of a request; then it is free again."""
-    settings = dataclasses.replace(SETTINGS, max_requests=1)
+    limits = dataclasses.replace(SETTINGS, max_requests=1)
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "x"}]}).encode()
     with (
-        running(loaded, tokenizer, settings, slots=1) as small,
+        running(loaded, tokenizer, limits, slots=1) as small,
         socket.create_connection(("127.0.0.1", small.port), timeout=30) as first,
     ):
         first.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body[:10])
