@@ -4,6 +4,11 @@
     python benchmarks/serve_load.py --url=http://127.0.0.1:8000 --clients=64 --seconds=600
         --baseline_seconds=30 --media=FOLDER --out=benchmarks/results/serve_load.json
 
+With --size=NAME instead of --url, a server with random weights of that size (configs/long.py) is
+started first, in a process of its own, and ended afterwards:
+
+    python benchmarks/serve_load.py --size=qwen2_7b --slots=64 --out=FILE
+
 Each client asks again as soon as it is answered: a video or an image of FOLDER (without one, clips
 and pictures are made), streamed or not, with answers of different lengths. Every `fresh`-th medium
 is changed by a byte behind its end, so that it is another content and must be encoded anew. One in
@@ -13,19 +18,24 @@ twenty clients leaves in the middle of its answer. Before, one client alone give
 import argparse
 import asyncio
 import base64
+import contextlib
+import dataclasses
 import json
 import random
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import machine
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 _MEDIA = {".mp4": "video", ".mkv": "video", ".webm": "video", ".png": "image", ".jpg": "image"}
 _WATCHED = (
@@ -182,11 +192,11 @@ def growth(rows: list[dict], name: str) -> dict | None:
     return {"early": float(early), "late": float(late), "ratio": round(float(late / early), 4)}
 
 
-async def measure(arguments: argparse.Namespace, media: list[tuple[str, bytes]]) -> dict:
+async def measure(arguments: argparse.Namespace, url: str, media: list[tuple[str, bytes]]) -> dict:
     headers = {"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(
-        base_url=arguments.url, headers=headers, timeout=600, limits=limits, trust_env=False
+        base_url=url, headers=headers, timeout=600, limits=limits, trust_env=False
     ) as http:
         model = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
         questions = Questions(media, model, arguments.tokens, arguments.fresh)
@@ -227,10 +237,63 @@ def made_media(folder: Path) -> None:
         write(folder / f"{i}.png", 1, codec="png", format="image2", pix_fmt="rgb24", size=size)
 
 
+def serve(arguments: argparse.Namespace) -> None:
+    """A server with random weights, on any free port, which it prints."""
+    from benchmarks.train_step import configured
+    from storm_jax.data.text import load_tokenizer
+    from storm_jax.inference import load
+    from storm_jax.serving.server import Server
+    from storm_jax.serving.settings import Settings
+
+    config = configured("long", arguments.size, [])
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, tokenizer="bytes", chat_template="qwen2")
+    )
+    settings = Settings(
+        model=config.name,
+        max_frames=config.data.frames.max_frames,
+        max_requests=2 * arguments.clients,
+        decoders=arguments.decoders,
+    )
+    server = Server(
+        settings,
+        load.random(config, quantization=arguments.quantization),
+        load_tokenizer("bytes"),
+        slots=arguments.slots,
+        context=config.data.sequence_length + 64 + arguments.tokens,
+    )
+    server.warm_up()
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        server.run(listening, 10, lambda: print(f"http://127.0.0.1:{port}", flush=True))
+
+
+@contextlib.contextmanager
+def started(arguments: argparse.Namespace) -> Iterator[str]:
+    """`serve` in another process; its address."""
+    command = [sys.executable, __file__, "--serve", *sys.argv[1:]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        if not url:
+            sys.exit(f"the server of --size={arguments.size} did not start")
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--api_key", default="")
+    parser.add_argument("--size", default="", help="start a server with random weights of it")
+    parser.add_argument("--slots", type=int, default=64, help="of that server")
+    parser.add_argument("--decoders", type=int, default=8, help="of that server")
+    parser.add_argument("--quantization", default="", choices=("", "int8", "fp8"))
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--baseline_seconds", type=float, default=30)
@@ -240,6 +303,11 @@ def main() -> None:
     parser.add_argument("--media", type=Path, help="folder of videos and images")
     parser.add_argument("--out", type=Path, help="JSON; default: standard output")
     arguments = parser.parse_args()
+    from benchmarks import machine
+
+    if arguments.serve:
+        serve(arguments)
+        return
     with tempfile.TemporaryDirectory() as made:
         if arguments.media is None:
             made_media(Path(made))
@@ -247,7 +315,10 @@ def main() -> None:
         media = [(_MEDIA[f.suffix], f.read_bytes()) for f in files if f.suffix in _MEDIA]
         if not media:
             sys.exit(f"no media in {arguments.media}: {', '.join(_MEDIA)} are looked for")
-    result = {**machine.describe(), **asyncio.run(measure(arguments, media))}
+    with started(arguments) if arguments.size else contextlib.nullcontext(arguments.url) as url:
+        measured = asyncio.run(measure(arguments, url, media))
+    chosen = {k: getattr(arguments, k) for k in ("size", "slots", "quantization")}
+    result = {**machine.describe(), **(chosen if arguments.size else {}), **measured}
     text = json.dumps(result, indent=1) + "\n"
     if arguments.out is None:
         print(text, end="")
