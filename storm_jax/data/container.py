@@ -31,6 +31,9 @@ _OPEN: dict[str, Any] = (
 _NO_GOAL = -(1 << 62)  # ticks: nothing lies before it, so nothing is skipped
 _GOP_GUESS = 2.0  # seconds between key frames, until the file has shown a longer distance
 _SKIPPING = ("h264", "hevc")  # decoders that were checked to skip unreferenced frames cleanly
+# Of what is read from memory or from an open file: a playlist or a session description in it would
+# make FFmpeg open files, addresses and ports that nobody asked for.
+_NOTHING_ELSE = {"protocol_whitelist": "none"}
 
 
 class MediaError(ValueError):
@@ -43,6 +46,36 @@ class MediaError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def open_media(
+    source: str | BinaryIO, max_pixels: int | None = None, timeout: float | None = None
+) -> InputContainer:
+    """FFmpeg's demuxer on a name, or on an open file, from which it can reach nothing else.
+
+    Args:
+      max_pixels: of one picture: FFmpeg decodes no larger one to find out what the file holds.
+    """
+    options = {} if isinstance(source, str) else dict(_NOTHING_ELSE)
+    if max_pixels is not None:
+        options["max_pixels"] = str(max_pixels)
+    return av.open(source, "r", options=options, timeout=timeout, **_OPEN)
+
+
+def limit_pixels(context: VideoCodecContext, max_pixels: int | None, path: str) -> None:
+    """Refuses pictures above the limit, before the first is decoded and later.
+
+    Raises:
+      MediaError: the header says that they are larger.
+    """
+    if max_pixels is None:
+        return
+    width, height = context.width, context.height
+    if width * height > max_pixels:
+        raise MediaError(path, f"has {width}x{height} pixels: more than the limit of {max_pixels}")
+    if not width:  # what FFmpeg did not decode has no size
+        raise MediaError(path, f"has no picture that can be decoded within {max_pixels} pixels")
+    context.options = {"max_pixels": str(max_pixels)}  # of a picture larger than the header says
 
 
 class VideoReader:
@@ -62,7 +95,11 @@ class VideoReader:
     """
 
     def __init__(
-        self, source: str | bytes | BinaryIO, timeout: float | None = None, name: str = ""
+        self,
+        source: str | bytes | BinaryIO,
+        timeout: float | None = None,
+        name: str = "",
+        max_pixels: int | None = None,
     ):
         """Opens `source`; all work must end in `timeout` seconds.
 
@@ -70,11 +107,13 @@ class VideoReader:
           source: a path, the file's bytes, or a binary file that is open and seekable; it stays
             open, and nobody else may move in it meanwhile.
           name: what errors call it; by default its path, or what it is.
+          max_pixels: of one picture; a larger one is refused before it is decoded.
         """
         if isinstance(source, bytes):
             name = name or f"<{len(source)} bytes>"
         self.path = name or (source if isinstance(source, str) else "<open file>")
         self._source = source
+        self._max_pixels = max_pixels
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._opened = False
@@ -175,7 +214,9 @@ class VideoReader:
         if empty:
             raise self._error("is empty (0 bytes)")
         try:
-            self._container: InputContainer = av.open(source, "r", timeout=self._timeout, **_OPEN)
+            self._container: InputContainer = open_media(
+                source, self._max_pixels, timeout=self._timeout
+            )
         except av.ExitError as error:
             raise self._late() from error
         except (av.FFmpegError, OSError) as error:
@@ -193,6 +234,7 @@ class VideoReader:
         for other in streams:
             if other is not stream:
                 other.discard = Discard.all
+        limit_pixels(context, self._max_pixels, self.path)
         context.thread_type, context.thread_count = "NONE", 1
         context.open(strict=False)  # now: dav1d would keep the `skip_frame` of its first packet
         self._stream, self._context = stream, context

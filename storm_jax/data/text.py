@@ -224,7 +224,12 @@ def spelled(template: Template, turns: Sequence[Turn], prompt: bool) -> str:
     return "".join(piece.text for piece in _render(template, turns, prompt))
 
 
-def _render(template: Template, turns: Sequence[Turn], prompt: bool) -> list[_Piece]:
+def _render(
+    template: Template,
+    turns: Sequence[Turn],
+    prompt: bool,
+    placeholder: re.Pattern[str] = PLACEHOLDER,
+) -> list[_Piece]:
     """The conversation as pieces, in order; with `prompt` also the header of the answer to come."""
     if not turns:
         raise TemplateError("a conversation needs at least one turn")
@@ -232,10 +237,10 @@ def _render(template: Template, turns: Sequence[Turn], prompt: bool) -> list[_Pi
         raise TemplateError("a system turn may only stand first")
     match template:
         case "gemma":
-            pieces = _render_gemma(turns)
+            pieces = _render_gemma(turns, placeholder)
             header = ("<start_of_turn>", "model\n")
         case "qwen2":
-            pieces = _render_qwen2(turns)
+            pieces = _render_qwen2(turns, placeholder)
             header = ("<|im_start|>", "assistant\n")
     if prompt:
         if turns[-1].role != "user":
@@ -244,7 +249,7 @@ def _render(template: Template, turns: Sequence[Turn], prompt: bool) -> list[_Pi
     return _merge_texts(pieces)
 
 
-def _render_gemma(turns: Sequence[Turn]) -> list[_Piece]:
+def _render_gemma(turns: Sequence[Turn], placeholder: re.Pattern[str]) -> list[_Piece]:
     pieces: list[_Piece] = [_Piece("special", "<bos>", False)]
     prefix = ""
     if turns[0].role == "system":
@@ -258,13 +263,13 @@ def _render_gemma(turns: Sequence[Turn]) -> list[_Piece]:
         answer = turn.role == "assistant"
         pieces.append(_Piece("special", "<start_of_turn>", False))
         pieces.append(_Piece("text", "model\n" if answer else "user\n" + prefix, False))
-        pieces += _content(turn.text.strip(), answer)
+        pieces += _content(turn.text.strip(), answer, placeholder)
         pieces += [_Piece("special", "<end_of_turn>", answer), _Piece("text", "\n", False)]
         prefix = ""
     return pieces
 
 
-def _render_qwen2(turns: Sequence[Turn]) -> list[_Piece]:
+def _render_qwen2(turns: Sequence[Turn], placeholder: re.Pattern[str]) -> list[_Piece]:
     pieces: list[_Piece] = []
     if turns[0].role != "system":
         turns = [Turn(role="system", text=_QWEN2_SYSTEM), *turns]
@@ -274,15 +279,15 @@ def _render_qwen2(turns: Sequence[Turn]) -> list[_Piece]:
             _Piece("special", "<|im_start|>", False),
             _Piece("text", turn.role + "\n", False),
         ]
-        pieces += _content(turn.text, answer)
+        pieces += _content(turn.text, answer, placeholder)
         pieces += [_Piece("special", "<|im_end|>", answer), _Piece("text", "\n", False)]
     return pieces
 
 
-def _content(text: str, answer: bool) -> list[_Piece]:
+def _content(text: str, answer: bool, placeholder: re.Pattern[str]) -> list[_Piece]:
     pieces: list[_Piece] = []
     start = 0
-    for match in PLACEHOLDER.finditer(text):
+    for match in placeholder.finditer(text):
         pieces.append(_Piece("text", text[start : match.start()], answer))
         pieces.append(_Piece("visual", match.group(), False))
         start = match.end()
@@ -331,9 +336,14 @@ def encode_prompt(
     template: Template,
     turns: Sequence[Turn],
     visual_counts: Sequence[int],
+    placeholder: re.Pattern[str] = PLACEHOLDER,
 ) -> np.ndarray:
-    """Tokens (int32 [n]) up to where the assistant's next answer begins; see `encode`."""
-    pieces = [_render(template, turns, prompt=True)]
+    """Tokens (int32 [n]) up to where the assistant's next answer begins; see `encode`.
+
+    Args:
+      placeholder: what stands for a medium in the turns, where texts of others may spell <video>.
+    """
+    pieces = [_render(template, turns, prompt=True, placeholder=placeholder)]
     return expand(_encode_pieces(tokenizer, pieces)[0], visual_counts).tokens
 
 

@@ -24,11 +24,21 @@ from typing import BinaryIO, Literal
 import av
 import numpy as np
 
-from storm_jax.data.container import MediaError, ToRgb, VideoReader
+from storm_jax.data.container import MediaError, ToRgb, VideoReader, limit_pixels, open_media
 from storm_jax.data.conversation import Media
 from storm_jax.frames import FrameConfig
 
-__all__ = ["MediaError", "Probe", "decode", "frame_count", "probe", "sample", "sample_images"]
+__all__ = [
+    "MediaError",
+    "Probe",
+    "decode",
+    "frame_count",
+    "images_in",
+    "probe",
+    "sample",
+    "sample_images",
+    "spread",
+]
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _FOLDER_FPS = 1.0  # a folder of frames has no clock: frame i counts as second i
@@ -65,7 +75,7 @@ def probe(
       MediaError: it is missing, empty, no video, or its first frame cannot be decoded.
     """
     if kind == "image" or (data is None and os.path.isdir(path)):
-        files = [path] if kind == "image" else _folder(path)
+        files = [path] if kind == "image" else images_in(path)
         frame = _image_frame(files[0], data)
         count = len(files)
         return Probe(
@@ -98,6 +108,7 @@ def decode(
     timeout: float | None = None,
     max_frames: int | None = None,
     name: str = "",
+    max_pixels: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes evenly spaced frames of a video file.
 
@@ -119,6 +130,7 @@ def decode(
         blocked read or one huge packet can exceed it.
       max_frames: upper limit; where `fps` asks for more, times are spread evenly again.
       name: what errors call the file; its path by default.
+      max_pixels: of one picture, as stored; a larger one is refused before it is decoded.
 
     Returns:
       frames uint8 [F, H, W, 3] in RGB, turned upright, and their real times, float64 [F], seconds
@@ -127,7 +139,8 @@ def decode(
 
     Raises:
       MediaError: the file cannot be opened, has no video, is damaged before a wanted frame, is
-        shorter than its header says, took longer than `timeout`, or the clip lies outside it.
+        shorter than its header says, took longer than `timeout`, the clip lies outside it, or
+        pictures are above `max_pixels`.
       ValueError: neither or both of `n` and `fps` were given, or one is not positive.
     """
     if (n is None) == (fps is None):
@@ -135,14 +148,18 @@ def decode(
     if (n is not None and n < 1) or (fps is not None and not fps > 0):
         raise ValueError(f"decode: n={n}, fps={fps} must be positive")
     limit = min(x for x in (n, max_frames, math.inf) if x is not None)
-    with VideoReader(source, timeout, name) as reader:
+    with VideoReader(source, timeout, name, max_pixels) as reader:
         clip = reader.path, reader.duration, reader.fps, reader.frames
         times = _times(clip, (start, end), limit, fps or 0.0)
         return reader.read(times, size, keyframes_only)
 
 
 def sample(
-    media: Media, frames: FrameConfig, size: int, timeout: float | None = None
+    media: Media,
+    frames: FrameConfig,
+    size: int,
+    timeout: float | None = None,
+    max_pixels: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Frames of a record's medium under the configured policy.
 
@@ -152,6 +169,7 @@ def sample(
       frames: the policy; see `FrameConfig`.
       size: side of the square frames, pixels.
       timeout: seconds that the file may take; see `decode`.
+      max_pixels: of one picture; see `decode`.
 
     Returns:
       frames uint8 [F, size, size, 3] and times float64 [F]; F is `frame_count` of the medium's
@@ -161,13 +179,13 @@ def sample(
       MediaError: as `decode`.
     """
     if media.kind == "image":
-        return _image(media.path, size, media.data)[None], np.zeros(1)
+        return _image(media.path, size, media.data, max_pixels)[None], np.zeros(1)
     if media.data is None and os.path.isdir(media.path):
-        files = _folder(media.path)
+        files = images_in(media.path)
         clip = media.path, len(files) / _FOLDER_FPS, _FOLDER_FPS, len(files)
         times = _times(clip, (media.start, media.end), frames.max_frames, frames.fps)
         picks = [min(math.ceil(t * _FOLDER_FPS - 0.5), len(files) - 1) for t in times]
-        images = np.stack([_image(files[i], size) for i in picks])
+        images = np.stack([_image(files[i], size, None, max_pixels) for i in picks])
         return images, np.array(picks) / _FOLDER_FPS
     return decode(
         media.path if media.data is None else media.data,
@@ -180,6 +198,7 @@ def sample(
         timeout=timeout,
         max_frames=frames.max_frames,
         name=media.path,
+        max_pixels=max_pixels,
     )
 
 
@@ -196,16 +215,19 @@ def sample_images(images: Sequence[np.ndarray], frames: FrameConfig, size: int) 
     Returns:
       uint8 [F, size, size, 3].
     """
-    clip = "frames in memory", float(len(images)), 1.0, len(images)
-    times = _times(clip, (None, None), frames.max_frames, 0.0)
-    picks = [math.ceil(t - 0.5) for t in times]
     to_rgb = ToRgb(size)
 
     def scaled(image: np.ndarray) -> np.ndarray:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         return to_rgb(frame)
 
-    return np.stack([scaled(images[i]) for i in picks])
+    return np.stack([scaled(images[i]) for i in spread(len(images), frames.max_frames)])
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """Numbers of at most `limit` of `count` pictures without a clock, evenly spaced."""
+    times = _times(("", float(count), 1.0, count), (None, None), limit, 0.0)
+    return [math.ceil(t - 0.5) for t in times]
 
 
 def frame_count(probe: Probe, media: Media, frames: FrameConfig) -> int:
@@ -257,8 +279,12 @@ def _times(
 # ------------------------------------------------------------------------------------------ images
 
 
-def _folder(path: str) -> list[str]:
-    """The images in a folder, sorted so that numbers in their names count."""
+def images_in(path: str) -> list[str]:
+    """Paths of the images in a folder, sorted so that numbers in their names count.
+
+    Raises:
+      MediaError: it cannot be listed, or holds none.
+    """
 
     def natural(name: str) -> list[tuple[int, str]]:
         return [(int(x), "") if x.isdigit() else (-1, x) for x in re.split(r"(\d+)", name)]
@@ -272,7 +298,9 @@ def _folder(path: str) -> list[str]:
     return [os.path.join(path, x) for x in sorted(names, key=natural)]
 
 
-def _image_frame(path: str, data: bytes | BinaryIO | None) -> av.VideoFrame:
+def _image_frame(
+    path: str, data: bytes | BinaryIO | None, max_pixels: int | None = None
+) -> av.VideoFrame:
     if data is None:
         try:
             with open(path, "rb") as file:
@@ -286,9 +314,10 @@ def _image_frame(path: str, data: bytes | BinaryIO | None) -> av.VideoFrame:
         raise MediaError(path, "is empty (0 bytes)")
     try:
         # From bytes: given a name, FFmpeg would take "%03d" in it for a pattern.
-        with av.open(io.BytesIO(data), "r") as container:
+        with open_media(io.BytesIO(data), max_pixels) as container:
             if not container.streams.video:
                 raise MediaError(path, "is not an image")
+            limit_pixels(container.streams.video[0].codec_context, max_pixels, path)
             container.streams.video[0].thread_type = "NONE"
             for frame in container.decode(video=0):
                 return frame
@@ -297,9 +326,11 @@ def _image_frame(path: str, data: bytes | BinaryIO | None) -> av.VideoFrame:
     raise MediaError(path, "is not an image: no picture could be decoded")
 
 
-def _image(path: str, size: int, data: bytes | BinaryIO | None = None) -> np.ndarray:
+def _image(
+    path: str, size: int, data: bytes | BinaryIO | None = None, max_pixels: int | None = None
+) -> np.ndarray:
     """An image file, read from `path` unless `data` holds it, as uint8 [size, size, 3]."""
-    return ToRgb(size)(_image_frame(path, data))
+    return ToRgb(size)(_image_frame(path, data, max_pixels))
 
 
 def _rotation(frame: av.VideoFrame) -> int:

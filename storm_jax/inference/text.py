@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 
+# Characters of U+FFFD at the end that may become others. Half a character is three at most, but a
+# tokenizer that falls back to bytes decodes a run of them as a whole or not at all.
+_LONGEST_HALF = 32
+
 
 class AnswerText:
     """The text of one answer.
@@ -11,7 +15,7 @@ class AnswerText:
 
     Args:
       tokenizer: of transformers; special tokens are left out.
-      stop_strings: the answer ends before the first of them.
+      stop_strings: the answer ends before the one that is complete first.
     """
 
     def __init__(self, tokenizer, stop_strings: Sequence[str] = ()):
@@ -27,14 +31,12 @@ class AnswerText:
         if self.stopped:
             return ""
         self._ids += ids
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if text.endswith("\ufffd") and len(text) - len(self._given) < 8:
-            return ""
-        new, self._given = text[len(self._given) :], text
+        text = self._final()
+        new, self._given = text[len(self._given) :], max(self._given, text, key=len)
         if len(self._ids) > 64 and new:
             # Tokens of a word's start decode differently alone, so some stay for what follows.
             self._ids = self._ids[-8:]
-            self._given = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            self._given = self._final()
         return self._release(new)
 
     def close(self) -> str:
@@ -49,12 +51,19 @@ class AnswerText:
         rest, self._held = self._held, ""
         return given + rest
 
+    def _final(self) -> str:
+        """The text of the ids, without an end that may be part of a character."""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        whole = text.rstrip("\ufffd")
+        return whole if len(text) - len(whole) <= _LONGEST_HALF else text
+
     def _release(self, new: str) -> str:
         text = self._held + new
-        found = [at for at in (text.find(s) for s in self._stops) if at >= 0]
+        # The first one to be complete, which does not depend on how the tokens came.
+        found = [(text.find(s) + len(s), text.find(s)) for s in self._stops if s in text]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, s) for s in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -2,6 +2,7 @@
 
 import fractions
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,6 +90,21 @@ def write(
         if audio_seconds:
             _silence(output, sound, audio_seconds)
     return path
+
+
+def blank_png(width: int, height: int) -> bytes:
+    """A black picture, packed without ever being in memory as a whole."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    pack = zlib.compressobj()
+    rows = b"".join(pack.compress(bytes(1 + 3 * width)) for _ in range(height)) + pack.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    ends = chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + ends
 
 
 def write_audio(path: Path, seconds: float = 1.0) -> Path:

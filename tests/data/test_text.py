@@ -1,5 +1,7 @@
 """Chat templates, loss mask and tokenizers of storm_jax.data.text."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -203,6 +205,19 @@ def test_data_cannot_forge_special_tokens(tokenizer):
     )
     assert (encoded.tokens == END).sum() == 2
     assert (encoded.tokens == BOS).sum() == 1
+
+
+@pytest.mark.parametrize("template", ["gemma", "qwen2"])
+def test_other_placeholders_leave_the_usual_ones_to_texts(tokenizer, template):
+    own = re.compile("\udc00")
+    spelled = turns(("user", "\udc00\nWhat does <video> mean, and <image>?"))
+    tokens = text.encode_prompt(tokenizer, template, spelled, [3], own)
+    assert (tokens == VISUAL).sum() == 3
+    shown = tokenizer.decode(tokens[tokens != VISUAL])
+    assert "What does <video> mean, and <image>?" in shown
+    same = text.encode_prompt(tokenizer, template, turns(("user", "<image>\nWhat?")), [3])
+    others = text.encode_prompt(tokenizer, template, turns(("user", "\udc00\nWhat?")), [3], own)
+    np.testing.assert_array_equal(same, others)
 
 
 def test_visual_tokens_are_never_learnt(tokenizer):

@@ -1,7 +1,7 @@
 """Text of answers as it becomes final."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from storm_jax.data.text import load_tokenizer
@@ -29,6 +29,8 @@ def fed(tokenizer, text: str, sizes, stops=()) -> tuple[list[str], AnswerText]:
     st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=200),
     st.lists(st.integers(0, 9), max_size=30),
 )
+@example("0123456789é", [11])  # its first half comes behind much that is whole
+@example("😀" * 40, [1] * 160)
 @settings(deadline=None, max_examples=60)
 def test_nothing_is_lost_or_shown_by_halves(tokenizer, text, sizes):
     pieces, _ = fed(tokenizer, text, sizes)
@@ -43,20 +45,15 @@ def test_half_a_character_waits(tokenizer):
 
 @given(st.text("abc", max_size=60), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
        st.lists(st.integers(0, 4), max_size=40))  # fmt: skip
+@example("baa", ["a", "baa"], [2])
 @settings(deadline=None, max_examples=100)
 def test_stop_strings(tokenizer, text, stops, sizes):
     """The answer ends before the first stop string, wherever the pieces are cut."""
     pieces, answer = fed(tokenizer, text, sizes, stops)
-    ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    shown = "".join(pieces)
-    if not ends:
-        assert shown == text and not answer.stopped
-        return
-    assert answer.stopped
     # Of stop strings that overlap, the one that is whole first counts.
-    assert text.startswith(shown)
-    assert not any(stop in shown for stop in stops)
-    assert any(text.startswith(stop, len(shown)) for stop in stops)
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert "".join(pieces) == (text[: min(ends)[1]] if ends else text)
+    assert answer.stopped == bool(ends)
 
 
 def test_what_may_become_a_stop_string_waits(tokenizer):
@@ -73,3 +70,22 @@ def test_long_answers_in_linear_time(tokenizer):
     pieces, answer = fed(tokenizer, text, [3] * 3000)
     assert "".join(pieces) == text
     assert len(answer._ids) < 100
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 40), max_size=30))
+@settings(deadline=None, max_examples=100)
+def test_bytes_that_are_no_text(tokenizer, data, sizes):
+    """Whatever a model says: nothing is lost, and nothing comes twice."""
+    answer, pieces, at = AnswerText(tokenizer), [], 0
+    for size in [*sizes, len(data)]:
+        pieces.append(answer.push(list(data[at : at + size])))
+        at += size
+    whole = "".join([*pieces, answer.close()])
+    assert whole.replace("\ufffd", "") == data.decode(errors="ignore")
+
+
+@pytest.mark.parametrize("end", [b"\xe2\x82", b"\xff"])
+def test_an_answer_that_ends_within_a_character(tokenizer, end):
+    answer = AnswerText(tokenizer)
+    assert answer.push([*b"text", *end]) == "text"
+    assert answer.close() == "\ufffd"

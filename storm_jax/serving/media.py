@@ -1,0 +1,204 @@
+"""From the media that a request names to frames: bytes under limits, their hash, decoding."""
+
+import asyncio
+import binascii
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import quote
+
+import numpy as np
+
+from storm_jax.config import DataConfig
+from storm_jax.data import video
+from storm_jax.data.conversation import Kind, Media
+from storm_jax.serving.conversation import Source
+from storm_jax.serving.errors import ApiError, invalid
+from storm_jax.serving.local_files import LocalFiles
+from storm_jax.serving.metrics import Metrics
+from storm_jax.serving.remote import Remote
+from storm_jax.serving.settings import Settings
+
+T = TypeVar("T")
+
+_REMEMBERED = 4096  # hashes of local files
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A medium's files, ready to be decoded.
+
+    Attributes:
+      key: equal for equal content that is shown alike.
+    """
+
+    source: Source
+    files: tuple[bytes | BinaryIO, ...]
+    frames: int
+    key: Hashable
+
+    def close(self) -> None:
+        for file in self.files:
+            if not isinstance(file, bytes):
+                file.close()
+
+
+class MediaReader:
+    """Fetches and decodes media; blocking work goes to `settings.decoders` threads."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: DataConfig,
+        image_size: int,
+        metrics: Metrics,
+        remote: Remote | None,
+    ):
+        """
+        Args:
+          data: how frames are taken.
+          image_size: side of the frames, pixels.
+          remote: fetches URLs of other servers; None: they are refused.
+        """
+        self._settings, self._data, self._size = settings, data, image_size
+        self._metrics, self._remote = metrics, remote
+        self._local = LocalFiles(settings.allowed_media_path)
+        self._pool = ThreadPoolExecutor(settings.decoders, "media")
+        self._hashes: dict[tuple[int, ...], bytes] = {}
+
+    async def fetch(self, source: Source, frames: int) -> Fetched:
+        """Opens a medium and reads what its hash needs.
+
+        Args:
+          frames: taken from a video, at most.
+
+        Raises:
+          ApiError: it is not allowed, too large, or not there.
+          MediaError: a folder without images.
+        """
+        urls = source.urls
+        if not source.frames and urls[0].startswith("file:"):
+            path = self._local.resolve(urls[0], source.where)
+            if source.kind == "video" and os.path.isdir(path):
+                files = await self._blocking(lambda: video.images_in(path))
+                source = dataclasses.replace(source, frames=True)
+                urls = tuple("file://" + quote(file) for file in files)
+        if source.frames:
+            if source.start is not None or source.end is not None:
+                raise invalid(
+                    f"{source.where}: a list of frames has no clock: leave start and end out",
+                    source.where,
+                )
+            urls = tuple(urls[i] for i in video.spread(len(urls), frames))
+        files, hashes = [], []
+        try:
+            for url in urls:
+                file = await self._open(url, source)
+                files.append(file)
+                hashes.append(await self._blocking(lambda file=file: self._hash(file)))
+        except BaseException:
+            Fetched(source, tuple(files), frames, None).close()
+            raise
+        key = source.kind, source.frames, source.start, source.end, frames, *hashes
+        return Fetched(source, tuple(files), frames, key)
+
+    async def decode(self, fetched: Fetched) -> np.ndarray:
+        """Frames uint8 [F, H, W, 3]; closes the files.
+
+        Raises:
+          MediaError: it cannot be decoded as asked.
+        """
+        return await self._blocking(lambda: self._decode(fetched))
+
+    async def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._remote is not None:
+            await self._remote.close()
+
+    # ---------------------------------------------------------------------------------- fetching
+
+    async def _open(self, url: str, source: Source) -> bytes | BinaryIO:
+        where, limit = source.where, self._settings.max_media_bytes
+        scheme = url[:16].partition(":")[0].lower()
+        if scheme == "data":
+            return await self._blocking(lambda: _from_data_url(url, where, limit))
+        if scheme == "file":
+            file = self._local.open(url, where)
+            size = os.fstat(file.fileno()).st_size
+            if size > limit and (source.frames or source.kind == "image"):  # these are read whole
+                file.close()
+                raise ApiError(
+                    413, f"{where}: is larger than {limit} bytes", "media_too_large", where
+                )
+            return file
+        if scheme in ("http", "https"):
+            if self._remote is None:
+                raise ApiError(
+                    403,
+                    f"{where}: this server fetches nothing from other servers"
+                    " (--allow-remote-media); send the file as a data: URL",
+                    "remote_media_not_allowed",
+                    where,
+                )
+            return await self._remote.fetch(url, where)
+        raise invalid(f"{where}: a URL starts with data:, file:, http: or https:", where)
+
+    def _hash(self, file: bytes | BinaryIO) -> bytes:
+        if isinstance(file, bytes):
+            return hashlib.sha256(file).digest()
+        status = os.fstat(file.fileno())
+        # A temporary file's numbers are used again: only files with a name are remembered.
+        stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        known = self._hashes.get(stamp) if status.st_nlink else None
+        if known is None:
+            file.seek(0)
+            known = hashlib.file_digest(cast(Any, file), "sha256").digest()
+            if status.st_nlink:
+                while len(self._hashes) >= _REMEMBERED:
+                    self._hashes.pop(next(iter(self._hashes)), None)
+                self._hashes[stamp] = known
+        return known
+
+    # ---------------------------------------------------------------------------------- decoding
+
+    def _decode(self, fetched: Fetched) -> np.ndarray:
+        source = fetched.source
+        began = time.perf_counter()
+        try:
+            if not source.frames:
+                return self._sample(source.kind, fetched, fetched.files[0])
+            return np.concatenate([self._sample("image", fetched, f) for f in fetched.files])
+        finally:
+            fetched.close()
+            self._metrics.decode_seconds.inc(time.perf_counter() - began)
+
+    def _sample(self, kind: Kind, fetched: Fetched, file: bytes | BinaryIO) -> np.ndarray:
+        source = fetched.source
+        policy = dataclasses.replace(self._data.frames, max_frames=fetched.frames)
+        media = Media(kind, source.where, source.start, source.end, data=file)
+        seconds, pixels = self._settings.decode_seconds, self._settings.max_pixels
+        return video.sample(media, policy, self._size, seconds, pixels)[0]
+
+    async def _blocking(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+
+def _from_data_url(url: str, where: str, limit: int) -> bytes:
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise invalid(f"{where}: a data: URL reads data:TYPE;base64,DATA", where)
+    too_large = ApiError(413, f"{where}: is larger than {limit} bytes", "media_too_large", where)
+    if len(data) * 3 // 4 > limit + 2:  # padding may take two bytes away
+        raise too_large
+    try:
+        decoded = binascii.a2b_base64(data, strict_mode=True)
+    except ValueError as error:  # also of characters that are not ASCII
+        raise invalid(f"{where}: its base64 cannot be read: {error}", where) from error
+    if len(decoded) > limit:
+        raise too_large
+    return decoded

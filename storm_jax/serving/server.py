@@ -1,0 +1,139 @@
+"""A server for a loaded model, put together and run."""
+
+import socket
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+
+from storm_jax.data import text
+from storm_jax.data.conversation import Turn
+from storm_jax.inference.engine import Engine
+from storm_jax.inference.load import LoadedModel
+from storm_jax.inference.sampling import Sampling
+from storm_jax.serving import app, conversation
+from storm_jax.serving.chat import Chat
+from storm_jax.serving.connections import PatientProtocol
+from storm_jax.serving.media import MediaReader
+from storm_jax.serving.metrics import Metrics
+from storm_jax.serving.remote import Remote
+from storm_jax.serving.scheduler import Generation, Scheduler
+from storm_jax.serving.settings import Settings
+
+_BACKLOG = 512  # connections that wait to be taken
+
+
+class Server:
+    """Holds the engine from the moment that it is made; `run` serves until it is told to stop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: LoadedModel,
+        tokenizer,
+        *,
+        slots: int,
+        context: int,
+        remote: Remote | None = None,
+    ):
+        """
+        Args:
+          slots: answers at one time.
+          context: tokens of a slot.
+          remote: fetches media, where they are allowed; None: as `settings` says.
+        """
+        self._settings, self._config, self._tokenizer = settings, loaded.config, tokenizer
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(
+            Engine(loaded, slots=slots, context=context), tokenizer, self.metrics
+        )
+        if remote is None and settings.allow_remote_media:
+            remote = Remote(settings.max_media_bytes, settings.fetch_seconds)
+        size = loaded.config.model.vit.image_size
+        reader = MediaReader(settings, loaded.config.data, size, self.metrics, remote)
+        chat = Chat(
+            settings, loaded.config, tokenizer, self.scheduler, context, reader, self.metrics
+        )
+        self.app: FastAPI = app.build(settings, self.scheduler, chat, self.metrics)
+        self._uvicorn: uvicorn.Server | None = None
+
+    def warm_up(self) -> None:
+        """Compiles what an image and the longest video need, and short prompts about them.
+
+        Raises:
+          ContextError: not even the longest video fits into the context.
+        """
+        side = self._config.model.vit.image_size
+        for frames in dict.fromkeys((1, self._settings.max_frames)):
+            black = np.zeros((frames, side, side, 3), np.uint8)
+            visual = self.scheduler.encode(black).result()
+            tokens = text.encode_prompt(
+                self._tokenizer,
+                self._config.data.chat_template,
+                [Turn("user", conversation.MEDIUM)],
+                [visual.count],
+                conversation.PLACEHOLDER,
+            )
+            ended = threading.Event()
+            errors: list[Exception] = []
+
+            def deliver(item, ended=ended, errors=errors) -> None:
+                if isinstance(item, Exception):
+                    errors.append(item)
+                if isinstance(item, Exception) or item.finish:
+                    ended.set()
+
+            sampling = Sampling(max_new_tokens=2)
+            self.scheduler.submit(Generation(tokens, (visual,), sampling, (), deliver))
+            ended.wait()
+            if errors:
+                raise errors[0]
+
+    def run(
+        self,
+        listening: socket.socket,
+        grace: int,
+        ready: Callable[[], None] = lambda: None,
+        protocol: type[PatientProtocol] = PatientProtocol,
+    ) -> None:
+        """Serves until `stop`, SIGTERM or SIGINT, and ends the engine.
+
+        Args:
+          listening: a bound socket.
+          grace: seconds that running requests may take to finish.
+          ready: called when requests are taken.
+          protocol: of connections.
+        """
+        config = uvicorn.Config(
+            self.app,
+            http=protocol,
+            ws="none",
+            backlog=_BACKLOG,
+            # Idle ones, those that wait for a refusal, and someone who looks at /health.
+            limit_concurrency=4 * self._settings.max_requests + 64,
+            timeout_graceful_shutdown=grace,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+        )
+        self._uvicorn = _Uvicorn(config, ready)
+        self._uvicorn.run([listening])
+
+    def stop(self) -> None:
+        """Ends `run`, from another thread."""
+        if self._uvicorn is not None:
+            self._uvicorn.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    """Says when it takes requests."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
