@@ -42,14 +42,14 @@ def read(path: str) -> list[Cue]:
       SubtitleError: with the line, or the number of the entry in JSON.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        with open(path, "rb") as file:
+            data = file.read()
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise SubtitleError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise SubtitleError(
-            f"{path}: byte {error.start} is not UTF-8; convert it: iconv -t UTF-8"
-        ) from error
+        line = error.object[: error.start].count(b"\n") + 1
+        raise SubtitleError(f"{path}:{line}: is not UTF-8; convert it with iconv") from error
     match os.path.splitext(path)[1].lower():
         case ".json":
             cues = list(_json_cues(path, text))
