@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training", "workdir"},
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
-    "inference": {"checkpoint", "config", "models", "parallel", "training"},
+    "inference": {"checkpoint", "config", "data", "frames", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
 }
 # Files that an export carries: they stand alone there, side by side.

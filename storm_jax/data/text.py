@@ -337,9 +337,7 @@ def encode_prompt(
     return expand(_encode_pieces(tokenizer, pieces)[0], visual_counts).tokens
 
 
-def encode_next(
-    tokenizer: "PreTrainedTokenizerFast", template: Template, text: str
-) -> np.ndarray:
+def encode_next(tokenizer: "PreTrainedTokenizerFast", template: Template, text: str) -> np.ndarray:
     """Tokens (int32 [n]) between an answer and the next one, for a user's turn without media.
 
     They follow the answer without the token that ends it, which they begin with.

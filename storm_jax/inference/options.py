@@ -14,7 +14,7 @@ from storm_jax.inference.prune import kept_tokens
 
 @dataclass(frozen=True)
 class TokensKept:
-    """What each stage leaves of one video or image."""
+    """What each stage leaves of one video or image, or of several."""
 
     frames_sampled: int  # taken from the file
     frames: int  # without near-duplicates: what the ViT sees
@@ -22,6 +22,10 @@ class TokensKept:
     pooled: int  # behind temporal and spatial pooling
     sampled: int  # behind temporal sampling
     pruned: int  # without static tokens: what the decoder sees
+
+    def __add__(self, other: "TokensKept") -> "TokensKept":
+        sums = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return TokensKept(*(a + b for a, b in sums))
 
     def __str__(self) -> str:
         return (
@@ -81,8 +85,9 @@ class Options:
         data = trained.data
         if self.frames:
             frames = dataclasses.replace(data.frames, max_frames=self.frames)
-            # A row of training need not be as long as what is asked here.
-            length = max(data.sequence_length, model.visual_tokens(self.frames) + 1)
+            # A row of training need not be as long as what is asked here: text keeps its room.
+            text = data.sequence_length - trained.model.visual_tokens(data.frames.max_frames)
+            length = max(data.sequence_length, model.visual_tokens(self.frames) + text)
             data = dataclasses.replace(
                 data, frames=frames, row_frames=self.frames, sequence_length=length
             )

@@ -14,13 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from storm_jax.config import ModelConfig
 from storm_jax.inference import vit
 from storm_jax.inference.load import LoadedModel
+from storm_jax.inference.options import Options
+from storm_jax.inference.prune import DuplicateFilter, kept_tokens, prune_static
 from storm_jax.parallel.frames import spread
 from storm_jax.parallel.sharding import reshape
 
 _FRAMES_PER_CALL = 64  # where the configuration names no number
 _FEW = 8  # frames of a call for what is left over
+AS_TRAINED = Options()
 
 
 def bucket(n: int, steps: int) -> int:
@@ -38,7 +42,7 @@ class Visual:
     Attributes:
       tokens: [V, D], on the device; V >= count, and what is behind is padding.
       count: visual tokens that the decoder sees.
-      frames: frames that were encoded.
+      frames: frames that were encoded, near-duplicates left out.
       mixed: tokens before the reduction.
     """
 
@@ -56,6 +60,7 @@ class Encoder:
         config, model = loaded.config.model, loaded.model
         options = vit.compiler_options(loaded.mesh)
         self._per_call = config.vit.frames_per_call or _FRAMES_PER_CALL
+        group_tokens = config.group_tokens
 
         @functools.partial(jax.jit, compiler_options=options)
         def features(weights, frames_FHWC):
@@ -65,29 +70,39 @@ class Encoder:
             x = vit.encode(storm.vit, weights.vit, reshape(x, F, *x.shape[2:]), storm.dtype)
             return collected(storm.projector(reshape(x, 1, F, *x.shape[1:])))[0]
 
-        @functools.partial(jax.jit, static_argnames="groups")
-        def reduced(params, features, frame_segments, frame_groups, groups):
+        @functools.partial(jax.jit, static_argnames=("groups", "keep"))
+        def reduced(params, features, frame_segments, frame_groups, count, quota, groups, keep):
             x_BFND = jnp.concatenate(features)[None]
             more = frame_segments.shape[0] - x_BFND.shape[1]
             x_BFND = jnp.pad(x_BFND, ((0, 0), (0, max(more, 0)), (0, 0), (0, 0)))
             x_BFND = x_BFND[:, : frame_segments.shape[0]]
             storm = model.bind(params)
             x_BFND = storm.mixed(x_BFND, frame_segments[None])
-            return storm.reduced(x_BFND, frame_groups[None], groups)[0]
+            x_VD = storm.reduced(x_BFND, frame_groups[None], groups)[0]
+            if keep == len(x_VD):
+                return x_VD
+            return prune_static(x_VD, group_tokens, keep, count, quota)[0]
 
         self._features, self._reduced = features, reduced
 
-    def __call__(self, frames: np.ndarray | Iterable[np.ndarray]) -> Visual:
+    def __call__(
+        self, frames: np.ndarray | Iterable[np.ndarray], options: Options = AS_TRAINED
+    ) -> Visual:
         """Visual tokens of one medium; does not wait for the device.
 
         Args:
           frames: uint8 [F, side, side, 3]; or chunks of them, in order, of which the device gets
             each as it comes.
+          options: test-time options; how many frames there are has been decided before.
 
         Raises:
           ValueError: there is no frame.
+          ConfigError: an option that the checkpoint was not trained for.
         """
+        config = options.apply(self._loaded.config).model
         chunks = [frames] if isinstance(frames, np.ndarray) else frames
+        if options.duplicate_threshold:
+            chunks = DuplicateFilter(options.duplicate_threshold).filtered(chunks)
         parts, count = [], 0
         with jax.set_mesh(self._loaded.mesh):
             for batch, real in self._batches(chunks):
@@ -95,7 +110,7 @@ class Encoder:
                 parts.append(self._features(self._loaded.weights, batch))
             if not count:
                 raise ValueError("no frame to encode")
-            return self._reduce(parts, count)
+            return self._reduce(parts, count, config, options.keep_tokens)
 
     def _batches(self, chunks: Iterable[np.ndarray]):
         """Batches of a fixed size, padded at the end with zeros; and how many are real of each."""
@@ -121,13 +136,19 @@ class Encoder:
                 at += len(batch)
             waiting, ready = ([frames[at:]] if at < len(frames) else []), len(frames) - at
 
-    def _reduce(self, parts: list[jax.Array], count: int) -> Visual:
-        config = self._loaded.config.model
+    def _reduce(
+        self, parts: list[jax.Array], count: int, config: ModelConfig, share: float
+    ) -> Visual:
         length = bucket(count, 4)
         segments = np.where(np.arange(length) < count, 0, -1).astype(np.int32)
         groups = np.full(length, -1, np.int32)
         groups[:count] = config.reduction.frame_groups(count)
         room = bucket(int(groups.max()) + 1, 4)
-        tokens = self._reduced(self._loaded.weights.encoder, tuple(parts), segments, groups, room)
         real = config.visual_tokens(count)
-        return Visual(tokens, real, count, count * config.frame_tokens)
+        quota = kept_tokens(real, config.group_tokens, share)
+        keep = kept_tokens(room * config.group_tokens, config.group_tokens, share)
+        tokens = self._reduced(
+            self._loaded.weights.encoder, tuple(parts), segments, groups,
+            np.int32(real), np.int32(quota), groups=room, keep=keep,
+        )  # fmt: skip
+        return Visual(tokens, quota, count, count * config.frame_tokens)
