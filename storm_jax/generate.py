@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from storm_jax import checkpoint
 from storm_jax.config import ConfigError, RunConfig
@@ -296,6 +296,8 @@ def run() -> None:
 
 
 def main(argv: list[str]) -> int:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)  # Orbax tells everything that it does
     try:
         if len(argv) > 1:
             raise UsageError(f"arguments not understood: {' '.join(argv[1:])}")

@@ -1,14 +1,23 @@
 """Test-time options: what they refuse, and that the tokens they report are those that come out."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from storm_jax.config import ConfigError
+from storm_jax.config import ConfigError, MeshConfig
+from storm_jax.inference.load import made_ready
 from storm_jax.inference.options import Options
+from storm_jax.inference.prefill import Encoder
 from storm_jax.inference.prune import DuplicateFilter
 from storm_jax.models.reduction import reduce_tokens
-from tests.tiny import run_config
+from storm_jax.models.storm import StormModel
+from storm_jax.parallel.mesh import make_mesh
+from tests.inference.test_engine import perturbed
+from tests.inference.test_prune import by_hand
+from tests.tiny import run_config, tiny_model
 
 CONFIG = run_config(**{"model.reduction.temporal_pool": 4})
 
@@ -68,3 +77,54 @@ def test_kept_tokens_are_those_of_the_model():
     assert found.pooled == 4 * model.group_tokens  # 4 + 4 + 4 + 3 frames
     assert found.pruned == max(model.group_tokens, found.sampled // 2)
     assert str(found).startswith("30 frames sampled, 15 encoded; visual tokens: ")
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_encoding_with_options_is_the_model_and_then_numpy(devices):
+    """Duplicates by their pixels, sampling and pruning by hand, on what the whole model gives."""
+    config = dataclasses.replace(run_config(), model=tiny_model())  # groups of two frames
+    model = StormModel(config.model)
+    params = perturbed(model.init(jax.random.key(0)))
+    kept_params = jax.tree.map(jnp.copy, params)
+    mesh = make_mesh(MeshConfig(data=1, tensor=devices), jax.devices()[:devices])
+    encoder = Encoder(made_ready(config, params, mesh))
+    rng = np.random.default_rng(0)
+    group = config.model.group_tokens
+    options = Options(temporal_sampling=2, duplicate_threshold=2.0, keep_tokens=0.6)
+    for count in (3, 9, 14):
+        frames = rng.integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+        # Every frame stays for a while, and a little noise comes with it.
+        shown = np.repeat(frames, rng.integers(1, 4, count), axis=0)
+        shown = np.clip(shown.astype(int) + rng.integers(-1, 2, shown.shape), 0, 255)
+        shown = shown.astype(np.uint8)
+        found = encoder((shown[i : i + 5] for i in range(0, len(shown), 5)), options)
+        assert found.frames == count and found.mixed == count * config.model.frame_tokens
+
+        first_shown = [i for i in range(len(shown)) if i == 0 or (
+            np.abs(shown[i].astype(int) - shown[i - 1]).mean() > 20)]  # fmt: skip
+        pooled = np.arange(count) // 2
+        groups = np.where(pooled % 2 == 0, pooled // 2, -1).astype(np.int32)
+        T = int(groups.max()) + 1
+
+        @jax.jit
+        def whole(params, frames, groups, T=T):
+            segments = jnp.zeros((1, frames.shape[0]), jnp.int32)
+            storm = model.bind(params)
+            return storm.encode(frames[None], segments, groups[None], T)[0]
+
+        tokens = np.asarray(whole(kept_params, shown[first_shown], groups))
+        wanted = by_hand(tokens, group, max(group, int(0.6 * T * group)))
+        assert found.count == len(wanted) < T * group or T == 1
+        scale = np.abs(tokens).max()
+        np.testing.assert_allclose(found.tokens[: found.count], tokens[wanted], atol=1e-5 * scale)
+        expected = options.tokens_kept(options.apply(config).model, len(shown), count)
+        assert (expected.pruned, expected.sampled) == (found.count, T * group)
+
+
+def test_a_pooling_that_was_not_trained_is_refused_when_encoding():
+    config = dataclasses.replace(run_config(), model=tiny_model())
+    params = StormModel(config.model).init(jax.random.key(0))
+    mesh = make_mesh(MeshConfig(data=1, tensor=1), jax.devices()[:1])
+    encoder = Encoder(made_ready(config, params, mesh))
+    with pytest.raises(ConfigError, match="trained with temporal_pool=2"):
+        encoder(np.zeros((2, 12, 12, 3), np.uint8), Options(temporal_pool=4))
