@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -38,8 +39,12 @@ from storm_jax.inference.engine import ContextError, Engine
 from storm_jax.inference.load import load
 from storm_jax.inference.media import Decoders, Frames
 from storm_jax.inference.options import Options, TokensKept
+from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
 from storm_jax.training import compile_cache
+
+if TYPE_CHECKING:  # takes a second to import: mistakes in flags are told before
+    from transformers import PreTrainedTokenizerFast
 
 CHAT_TOKENS = 2048  # that questions and answers of a conversation may take by default
 ANSWERED, BAD_INPUT, USAGE, TOO_LONG, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
@@ -119,6 +124,7 @@ class Summary:
     """What one answer took. Seconds of compiling are counted apart from the part they fell into."""
 
     def __init__(self, notice: CompileNotice):
+        self.media: list[tuple[Media, TokensKept]] = []
         self._notice = notice
         self._seconds: dict[str, float] = {}
 
@@ -145,34 +151,31 @@ class Summary:
                 return
             yield chunk
 
-    def finish(
-        self, conversation: Conversation, question: str, answer: str, kept: dict[Media, TokensKept]
-    ) -> dict:
+    def finish(self, conversation: Conversation, question: str, answer: str) -> dict:
         """What `--json` prints; begins anew for the next answer."""
         seconds, self._seconds = self._seconds, {}
         return {
             "prompt": question,
             "answer": answer,
             "finish": conversation.finish,
-            "media": [{"path": m.path} | dataclasses.asdict(k) for m, k in kept.items()],
+            "media": [{"path": m.path} | dataclasses.asdict(kept) for m, kept in self.media],
             "prompt_tokens": conversation.prompt_tokens,
             "answer_tokens": conversation.answer_tokens,
             "seconds": {part: round(value, 4) for part, value in seconds.items()},
             "tokens_per_second": round(conversation.answer_tokens / seconds["answer"], 2),
         }
 
+    def line(self, record: dict) -> str:
+        """What `finish` returned, for people."""
+        media = functools.reduce(operator.add, [kept for _, kept in self.media])
+        times = ", ".join(f"{part} {value:.2f} s" for part, value in record["seconds"].items())
+        return (
+            f"{media}; {record['prompt_tokens']} tokens in the prompt, {record['answer_tokens']}"
+            f" in the answer; {times}; {record['tokens_per_second']:.1f} tokens/s"
+        )
+
     def _add(self, part: str, seconds: float) -> None:
         self._seconds[part] = self._seconds.get(part, 0.0) + seconds
-
-
-def summary_line(record: dict, kept: dict[Media, TokensKept]) -> str:
-    """The same for people."""
-    media = functools.reduce(operator.add, kept.values())
-    times = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in record["seconds"].items())
-    return (
-        f"{media}; {record['prompt_tokens']} tokens in the prompt, {record['answer_tokens']} in"
-        f" the answer; {times}; {record['tokens_per_second']:.1f} tokens/s"
-    )
 
 
 def questions() -> Iterator[str]:
@@ -205,7 +208,7 @@ def room_for(config: RunConfig, media: list[Medium]) -> int:
     return config.data.sequence_length + further * visual + text + subtitles + _NEW_TOKENS.value
 
 
-def load_tokenizer(path: str, name: str):
+def load_tokenizer(path: str, name: str) -> "PreTrainedTokenizerFast":
     """The tokenizer that was saved beside the checkpoints, else the one that the config names."""
     saved = checkpoint.find(path)[0].parent / "tokenizer"
     return text.load_tokenizer(str(saved) if saved.is_dir() else name)
@@ -246,6 +249,7 @@ def configured() -> tuple[RunConfig, Options]:
 
 
 def run() -> None:
+    """Does what the flags ask for."""
     sampling_of_flags()
     config, options = configured()
     media = requested_media()
@@ -253,46 +257,61 @@ def run() -> None:
         opening(_PROMPT.value, media)  # refuses before anything is decoded
     if _CACHE.value:
         compile_cache.enable(os.path.expanduser(_CACHE.value))
-    summary = Summary(CompileNotice())
+    with contextlib.closing(CompileNotice()) as notice:
+        summary = Summary(notice)
+        engine, tokenizer, encoded = encoded_media(config, options, media, summary)
+        sampling = sampling_of_flags(text.stop_tokens(tokenizer, config.data.chat_template))
+        conversation = Conversation(engine, tokenizer, sampling, _STOP.value)
+        further = False
+        for question in questions():
+            with summary.timed("prefill"):
+                if further:
+                    conversation.ask(question)
+                else:
+                    prompt, ordered = opening(question, media)
+                    conversation.ask(prompt, [encoded[medium] for medium in ordered])
+            further = True
+            answer(conversation, question, summary)
+
+
+def encoded_media(
+    config: RunConfig, options: Options, media: list[Medium], summary: Summary
+) -> tuple[Engine, "PreTrainedTokenizerFast", dict[Medium, Visual]]:
+    """An engine, a tokenizer, and every medium encoded; one that is given twice is encoded once."""
     size, limit = config.model.vit.image_size, config.data.decode_timeout
     with Decoders(_DECODERS.value) as decoders:
-        # They are decoded while the parameters are read. The same medium twice is encoded once.
+        # They are decoded while the parameters are read.
         frames = {m: decoders.sample(m.media, config.data.frames, size, limit) for m in media}
         with summary.timed("load"):
             tokenizer = load_tokenizer(_CHECKPOINT.value, config.data.tokenizer)
             loaded = load(_CHECKPOINT.value)
             engine = Engine(loaded, slots=1, context=_CONTEXT.value or room_for(config, media))
-        visual, kept = {}, {}
+        visual = {}
         for medium, chunks in frames.items():
             with summary.timed("encode"):
                 visual[medium] = engine.encode(summary.waited(chunks), options)
                 jax.block_until_ready(visual[medium].tokens)
-            encoded = visual[medium].frames
-            kept[medium.media] = options.tokens_kept(config.model, chunks.count, encoded)
+        for medium in media:
+            sampled, encoded = frames[medium].count, visual[medium].frames
+            kept = options.tokens_kept(config.model, sampled, encoded)
+            summary.media.append((medium.media, kept))
+    return engine, tokenizer, visual
 
-    sampling = sampling_of_flags(text.stop_tokens(tokenizer, config.data.chat_template))
-    conversation = Conversation(engine, tokenizer, sampling, _STOP.value)
-    first = True
-    for question in questions():
-        with summary.timed("prefill"):
-            if first:
-                prompt, ordered = opening(question, media)
-                conversation.ask(prompt, [visual[m] for m in ordered])
-            else:
-                conversation.ask(question)
-        first = False
-        pieces = []
-        with summary.timed("answer"):
-            for piece in conversation.answer():
-                pieces.append(piece)
-                if not _JSON.value:
-                    print(piece, end="", flush=True)
-        record = summary.finish(conversation, question, "".join(pieces), kept)
-        if _JSON.value:
-            print(json.dumps(record, ensure_ascii=False), flush=True)
-        else:
-            print(flush=True)
-            print(summary_line(record, kept), file=sys.stderr, flush=True)
+
+def answer(conversation: Conversation, question: str, summary: Summary) -> None:
+    """Shows the answer as it comes, and what it took."""
+    pieces = []
+    with summary.timed("answer"):
+        for piece in conversation.answer():
+            pieces.append(piece)
+            if not _JSON.value:
+                print(piece, end="", flush=True)
+    record = summary.finish(conversation, question, "".join(pieces))
+    if _JSON.value:
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+    else:
+        print(flush=True)
+        print(summary.line(record), file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:
