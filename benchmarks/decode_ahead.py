@@ -10,6 +10,8 @@ ratios are of the same round. Results go to benchmarks/results/decode_ahead.json
     one process     data.video.sample in this process
     N workers       all chunks taken from a running pool of N, as fast as they come
     first chunk     until the first 16 frames have come
+    processor       seconds of this process and of the workers together: what sharing a video costs.
+                    On N free cores N workers can be N / (processor ratio) times as fast
     transfer        a frame from a worker to here through the pipe, with nothing decoded
 """
 
@@ -60,6 +62,16 @@ def write_video(path: str, source: str) -> None:
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
     os.replace(part, path)
+
+
+def processor(decoders: Decoders) -> float:
+    """Processor seconds that this process and the workers have taken so far."""
+    total = time.process_time()
+    for pid in decoders.process_ids:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            fields = file.read().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def take(decoders: Decoders, media: Media, frames: FrameConfig, size: int) -> tuple[float, float]:
@@ -120,20 +132,23 @@ def main() -> None:
             found = np.concatenate(list(pool.sample(media, policy, args.size)))
             assert np.array_equal(found, expected), f"{n} workers give other frames"
         for _ in range(args.repeats):
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             sample(media, policy, args.size)
-            one = time.perf_counter() - began
+            one, one_cpu = time.perf_counter() - began, time.process_time() - cpu
             seconds.setdefault("one process", []).append(one)
+            seconds.setdefault("one process, processor", []).append(one_cpu)
             for n, pool in pools.items():
+                cpu = processor(pool)
                 first, whole = take(pool, media, policy, args.size)
                 seconds.setdefault(f"{n} workers", []).append(whole)
                 seconds.setdefault(f"{n} workers, first chunk", []).append(first)
+                seconds.setdefault(f"{n} workers, processor", []).append(processor(pool) - cpu)
                 ratios.setdefault(f"{n} workers", []).append(one / whole)
         results[name] = {
             "seconds": {k: spread(v) for k, v in seconds.items()},
             "times_as_fast_as_one_process": {k: spread(v) for k, v in ratios.items()},
         }
-        for key, value in {**results[name]["seconds"]}.items():
+        for key, value in results[name]["seconds"].items():
             print(f"{name}: {key:24s} {value['median']:.3f} s")
         for key, value in results[name]["times_as_fast_as_one_process"].items():
             quartiles = f"{value['quartile_1']:.2f} .. {value['quartile_3']:.2f}"

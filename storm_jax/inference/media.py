@@ -69,6 +69,11 @@ class Decoders:
         """Number of worker processes."""
         return len(self._all)
 
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the workers, as the operating system knows them."""
+        return [worker.process_id for worker in self._all]
+
     def sample(
         self,
         media: Media,
@@ -337,6 +342,11 @@ class _Worker:
                 self._exchange(("close",))
             except _BROKEN:
                 pass  # dead: then it holds nothing
+
+    @property
+    def process_id(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def kill(self) -> None:
         """Ends the process for good."""

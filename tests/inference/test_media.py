@@ -78,10 +78,6 @@ def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def process_ids(pool):
-    return [worker._process.pid for worker in pool._all]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_same_frames_as_sample(decoders, folder, name):
     path = write(folder / name, **({"count": COUNT} | FILES[name]))
@@ -223,7 +219,7 @@ def test_a_worker_that_hangs_is_killed(tmp_path, video, monkeypatch):
     monkeypatch.setattr("storm_jax.inference.media._GRACE", 0.2)
     os.mkfifo(tmp_path / "pipe.png")
     with Decoders(1) as pool:
-        before = process_ids(pool)
+        before = pool.process_ids
         with pytest.raises(MediaError, match="took longer than 0.5 s"):
             list(pool.sample(Media("image", str(tmp_path / "pipe.png")), FrameConfig(8), 8, 0.5))
         assert gone(before)
@@ -234,7 +230,7 @@ def test_a_worker_that_crashes_is_replaced(video):
     with Decoders(1) as pool:
         frames = pool.sample(Media("video", video), FrameConfig(COUNT), SIZE, chunk=4)
         next(frames)
-        (pid,) = process_ids(pool)
+        (pid,) = pool.process_ids
         os.kill(pid, signal.SIGSEGV)
         with pytest.raises(MediaError, match=r"video.mp4: the process .* died \(signal 11\)"):
             list(frames)
@@ -249,12 +245,12 @@ def open_files(pid):
 def test_closing_early_releases_the_file(decoders, video):
     frames = decoders.sample(Media("video", video), FrameConfig(COUNT), 128, chunk=2)
     next(frames)
-    assert any(video in open_files(pid) for pid in process_ids(decoders))
+    assert any(video in open_files(pid) for pid in decoders.process_ids)
     frames.close()
     assert next(frames, None) is None
     until = time.monotonic() + 5
     while time.monotonic() < until:
-        if not any(video in open_files(pid) for pid in process_ids(decoders)):
+        if not any(video in open_files(pid) for pid in decoders.process_ids):
             break
         time.sleep(0.02)
     else:
@@ -266,7 +262,7 @@ def test_closing_the_pool_in_mid_video_leaves_nothing(video):
     pool = Decoders(2)
     frames = pool.sample(Media("video", video), FrameConfig(COUNT), 256, chunk=2)
     next(frames)
-    pids = process_ids(pool)
+    pids = pool.process_ids
     pool.close()
     assert not any(map(alive, pids))
     with pytest.raises(concurrent.futures.CancelledError):
