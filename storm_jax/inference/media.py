@@ -301,6 +301,9 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": path},
             )
+            self._ready = False
+            self._stdin = cast(IO[bytes], self._process.stdin)
+            self._stdout = cast(IO[bytes], self._process.stdout)
 
     def open(self, frames: Frames) -> None:
         """Opens a medium; what was open before is closed."""
@@ -319,10 +322,12 @@ class _Worker:
         if limit is not None and limit <= 0:
             raise frames.late()
         alarm = None
-        if limit is not None:
-            alarm = threading.Timer(limit + _GRACE, self._process.kill)
-            alarm.start()
         try:
+            if not self._ready:  # its libraries are being imported, which no medium pays for
+                self._ready = pickle.load(self._stdout)
+            if limit is not None:
+                alarm = threading.Timer(limit + _GRACE, self._process.kill)
+                alarm.start()
             ok, seconds, value = self._exchange(request)
         except _BROKEN:
             raise self._died(frames, alarm) from None
@@ -355,10 +360,9 @@ class _Worker:
             self._end()
 
     def _exchange(self, request: tuple[Any, ...]) -> Any:
-        stdin, stdout = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
-        pickle.dump(request, stdin, protocol=5)
-        stdin.flush()
-        return pickle.load(stdout)
+        pickle.dump(request, self._stdin, protocol=5)
+        self._stdin.flush()
+        return pickle.load(self._stdout)
 
     def _died(self, frames: Frames, alarm: threading.Timer | None) -> Exception:
         if self._killed:
@@ -381,7 +385,7 @@ class _Worker:
 
     def _end(self) -> int:
         self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._stdin, self._stdout):
             with contextlib.suppress(OSError):  # a request that was not sent
-                cast(IO[bytes], pipe).close()
+                pipe.close()
         return self._process.wait()

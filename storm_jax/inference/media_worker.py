@@ -3,7 +3,8 @@
 Not a `multiprocessing` process: those run the parent's main module again, and with it JAX. This one
 needs NumPy and PyAV alone, whatever its parent is.
 
-Requests come pickled through standard input, answers go pickled through standard output, one each:
+It says True when it is ready. Then requests come pickled through standard input, answers go pickled
+through standard output, one each:
 
     ("open", media, frame_config, size, timeout)  ->  times float64 [F]; what was open is closed
     ("read", first, last, timeout)                ->  frames uint8 [n, size, size, 3]
@@ -51,6 +52,8 @@ class _Requests:
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answers requests until there are no more: the parent closed them, or ended."""
     handler = _Requests()
+    pickle.dump(True, answers)
+    answers.flush()
     while True:
         try:
             request = pickle.load(requests)
