@@ -12,6 +12,8 @@ ratios are of the same round. Results go to benchmarks/results/decode_ahead.json
     first chunk     until the first 16 frames have come
     processor       seconds of this process and of the workers together: what sharing a video costs.
                     On N free cores N workers can be N / (processor ratio) times as fast
+    machine         what two processes get done that each decode the whole video, against one: 2
+                    on two free cores, less where others use them. No sharing can be faster
     transfer        a frame from a worker to here through the pipe, with nothing decoded
 """
 
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import machine
@@ -85,6 +88,14 @@ def take(decoders: Decoders, media: Media, frames: FrameConfig, size: int) -> tu
     return first, time.perf_counter() - began
 
 
+def both(pools: list[Decoders], media: Media, frames: FrameConfig, size: int) -> float:
+    """Seconds until each of the pools has decoded all of it, at the same time."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(pools)) as threads:
+        list(threads.map(lambda pool: take(pool, media, frames, size), pools))
+    return time.perf_counter() - began
+
+
 def transfer(size: int, repeats: int) -> float:
     """Seconds that a frame takes from a process to here."""
     process = subprocess.Popen(
@@ -118,6 +129,7 @@ def main() -> None:
     args = parser.parse_args()
     policy = FrameConfig(args.frames)
     pools = {n: Decoders(n) for n in (1, 2)}
+    second = Decoders(1)
     results = {}
     for name, source in SOURCES.items():
         path = os.path.join(tempfile.gettempdir(), f"storm_jax_{name}.mp4".replace(", ", "_"))
@@ -144,6 +156,8 @@ def main() -> None:
                 seconds.setdefault(f"{n} workers, first chunk", []).append(first)
                 seconds.setdefault(f"{n} workers, processor", []).append(processor(pool) - cpu)
                 ratios.setdefault(f"{n} workers", []).append(one / whole)
+            whole = both([pools[1], second], media, policy, args.size)
+            ratios.setdefault("machine", []).append(2 * seconds["1 workers"][-1] / whole)
         results[name] = {
             "seconds": {k: spread(v) for k, v in seconds.items()},
             "times_as_fast_as_one_process": {k: spread(v) for k, v in ratios.items()},
@@ -153,7 +167,7 @@ def main() -> None:
         for key, value in results[name]["times_as_fast_as_one_process"].items():
             quartiles = f"{value['quartile_1']:.2f} .. {value['quartile_3']:.2f}"
             print(f"{name}: {key:24s} {value['median']:.2f} times as fast ({quartiles})")
-    for pool in pools.values():
+    for pool in (*pools.values(), second):
         pool.close()
     result = {
         "videos": results,
