@@ -167,6 +167,7 @@ class SampledMedium:
         self._size, self._keyframes_only = size, frames.keyframes_only
         self._reader: VideoReader | None = None
         self._media, self._files = media, list[str]()
+        self._next = 0  # earlier frames can no longer be read
         span = media.start, media.end
         if media.kind == "image":
             self.times = np.zeros(1)
@@ -211,8 +212,12 @@ class SampledMedium:
 
         Raises:
           MediaError: as `decode`.
+          ValueError: the stretch begins before the end of the one before.
         """
+        if first < self._next:
+            raise ValueError(f"frames from {first} on were asked for behind frame {self._next - 1}")
         times = self.times[first:last]
+        self._next = first + len(times)
         if self._reader is not None:
             if timeout is not None:
                 self._reader.allow(timeout)

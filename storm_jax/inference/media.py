@@ -108,18 +108,21 @@ class Decoders:
     # ------------------------------------------------------------------------- used by `Frames`
 
     def submit(self, work: Any, *arguments: Any) -> Future:
-        """Calls `work` on one of the threads."""
-        return self._threads.submit(work, *arguments)
+        """Calls `work` on one of the threads; CancelledError where the pool is closed."""
+        try:
+            return self._threads.submit(work, *arguments)
+        except RuntimeError:
+            raise CancelledError from None
 
     @contextlib.contextmanager
-    def worker(self, frames: "Frames") -> Iterator["_Worker"]:
-        """Lends a worker that has the medium open."""
+    def worker(self, frames: "Frames", first: int = 0) -> Iterator["_Worker"]:
+        """Lends a worker that has the medium open, and has read no frame from `first` on."""
         with self._lock:
-            found = [w for w in self._idle if w.serves is frames] or self._idle
-            worker = found[0]
+            ready = [w for w in self._idle if w.can_read(frames, first)]
+            worker = ready[0] if ready else self._idle[0]
             self._idle.remove(worker)
         try:
-            if worker.serves is not frames:
+            if not ready:
                 worker.open(frames)
             yield worker
         finally:
@@ -240,19 +243,18 @@ class Frames(Iterator[np.ndarray]):
             ):
                 work = [(span, Future()) for span in self._stretches.popleft()]
                 futures = [future for _, future in work]
+                job = self._decoders.submit(self._decode, work)
+                job.add_done_callback(functools.partial(_cancel, futures))
                 self._chunks.extend(futures)
-                self._decoders.submit(self._decode, work).add_done_callback(
-                    functools.partial(_cancel, futures)
-                )
 
     def _decode(self, work: list[tuple[tuple[int, int], Future]]) -> None:
         """Decodes one stretch."""
         try:
-            with self._decoders.worker(self) as worker:
+            with self._decoders.worker(self, work[0][0][0]) as worker:
                 for span, future in work:
                     if self.closed:
                         return
-                    chunk = worker.ask(self, "read", *span, self.allowed())
+                    chunk = worker.read(self, *span)
                     if future.set_running_or_notify_cancel():
                         future.set_result(chunk)
         except Exception as error:
@@ -285,6 +287,7 @@ class _Worker:
     def __init__(self):
         self.serves: Frames | None = None  # whose medium it has open
         self.times = np.empty(0)  # of that medium's frames, seconds
+        self._position = 0  # frames before this one can no longer be read
         self._killed = False  # for good
         self._lock = threading.Lock()
         self._start()
@@ -308,10 +311,23 @@ class _Worker:
     def open(self, frames: Frames) -> None:
         """Opens a medium; what was open before is closed."""
         self.serves = None
-        self.times = self.ask(frames, "open", *frames.source, frames.timeout)
-        self.serves = frames
+        self.times = self._ask(frames, "open", *frames.source, frames.timeout)
+        self.serves, self._position = frames, 0
 
-    def ask(self, frames: Frames, *request: Any) -> Any:
+    def can_read(self, frames: Frames, first: int) -> bool:
+        """Whether frames from `first` on can be read without opening anything.
+
+        Stretches are begun in order, but the thread that takes a stretch can be overtaken before it
+        takes a worker.
+        """
+        return self.serves is frames and self._position <= first
+
+    def read(self, frames: Frames, first: int, last: int) -> np.ndarray:
+        """Frames `first` to `last`, which is not included, of the medium that is open."""
+        self._position = last
+        return self._ask(frames, "read", first, last, frames.allowed())
+
+    def _ask(self, frames: Frames, *request: Any) -> Any:
         """The answer to a request, whose last item is the seconds that it may take, or None.
 
         Raises:

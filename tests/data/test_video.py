@@ -488,6 +488,14 @@ def test_frames_do_not_depend_on_the_stretch(file, name, keyframes_only):
                     break
 
 
+def test_stretches_must_ascend(file):
+    with SampledMedium(Media("video", str(file("h264.mp4"))), FrameConfig(30), 24) as medium:
+        medium.read(5, 9)
+        with pytest.raises(ValueError, match="frames from 8 on were asked for behind frame 8"):
+            medium.read(8, 12)
+        medium.read(9, 12)
+
+
 def test_frame_folder(images):
     media = Media("video", str(images))
     found = probe(media.path)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -167,6 +168,29 @@ def test_frames_wait_within_the_limit(video):
     assert read_numbers(np.concatenate([*first, *rest])) == list(range(COUNT))
 
 
+def test_a_stretch_that_is_overtaken(video, monkeypatch):
+    """The thread that took the second stretch gets a worker only after all others are done."""
+    waiting = threading.Event()
+    lend = Decoders.worker
+
+    def delayed(self, frames, first=0):
+        if first == 8:
+            assert waiting.wait(20)
+        return lend(self, frames, first)
+
+    monkeypatch.setattr(Decoders, "worker", delayed)
+    monkeypatch.setattr("storm_jax.inference.media._STRETCH", 0.1)
+    with Decoders(2) as pool:
+        frames = pool.sample(Media("video", video), FrameConfig(COUNT), SIZE, chunk=8)
+        first = next(frames)
+        until = time.monotonic() + 20
+        while not all(f.done() for f in list(frames._chunks)[1:]) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert not frames._chunks[0].done()
+        waiting.set()
+        assert read_numbers(np.concatenate([first, *frames])) == list(range(COUNT))
+
+
 def test_damage_is_an_error_at_its_place(decoders, folder):
     path = write(folder / "cut.mp4", COUNT, **FILES["fragmented.mp4"])
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -257,9 +281,10 @@ def test_closing_early_releases_the_file(decoders, video):
         pytest.fail("a worker holds the file")
 
 
-def test_closing_the_pool_in_mid_video_leaves_nothing(video):
+@pytest.mark.parametrize("ahead_bytes", [0, 256 << 20])  # chunks that are not begun, or are
+def test_closing_the_pool_in_mid_video_leaves_nothing(video, ahead_bytes):
     shared = set(os.listdir("/dev/shm"))
-    pool = Decoders(2)
+    pool = Decoders(2, ahead_bytes)
     frames = pool.sample(Media("video", video), FrameConfig(COUNT), 256, chunk=2)
     next(frames)
     pids = pool.process_ids
