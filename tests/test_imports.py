@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training", "workdir"},
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
-    "inference": {"checkpoint", "config", "data", "models", "parallel", "training"},
+    "inference": {"checkpoint", "config", "data", "frames", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
     "serving": {"config", "data", "inference"},
 }

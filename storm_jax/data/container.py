@@ -149,6 +149,12 @@ class VideoReader:
             self._container.close()
             self._opened = False
 
+    def allow(self, seconds: float) -> None:
+        """Starts the clock again: work from now on must end in `seconds`."""
+        if self._timeout is None:
+            self._timeout = seconds  # what the error says
+        self._deadline = time.monotonic() + seconds
+
     def read(
         self, times: np.ndarray, size: int | None = None, keyframes_only: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -451,7 +457,9 @@ class VideoReader:
                 raise self._damaged(error) from error
         if packet is None or not frames:
             self._open()
-            return self._frame_at(goal)
+            frame = self._frame_at(goal)
+            self._current = None  # it is no key frame: the next goal may not take it for one
+            return frame
         if frames[0].is_corrupt:
             raise self._error(f"its key frame at {self._seconds(_pts(packet)):.2f} s is damaged")
         self._current = frames[0]
