@@ -90,9 +90,9 @@ class Encoder:
 
         @functools.partial(jax.jit, donate_argnums=3)
         def carried(params, x_FND, frame_segments, state):
-            x_BFND, state = model.bind(params).temporal.carry(
-                x_FND[None], frame_segments[None], state
-            )
+            temporal = model.bind(params).temporal
+            assert temporal is not None
+            x_BFND, state = temporal.carry(x_FND[None], frame_segments[None], state)
             return x_BFND[0], state
 
         @functools.partial(jax.jit, donate_argnums=0)
