@@ -122,10 +122,14 @@ class VideoReader:
         self._seekable = True
         self._following = _NO_GOAL  # the goal after the present one
         self.duration = 0.0
-        self._open()
-        self._start = self._stream.start_time or 0
-        self.duration = self._header_duration() or self._scan_duration()
-        self._find_start()
+        try:
+            self._open()
+            self._start = self._stream.start_time or 0
+            self.duration = self._header_duration() or self._scan_duration()
+            self._find_start()
+        except BaseException:
+            self.close()  # PyAV's objects refer to one another: the file would stay open for long
+            raise
         stream = self._stream
         self.codec = self._context.name
         self.width, self.height = self._context.width, self._context.height

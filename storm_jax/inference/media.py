@@ -81,11 +81,12 @@ class Decoders:
         size: int,
         timeout: float | None = None,
         chunk: int = 16,
+        max_pixels: int | None = None,
     ) -> "Frames":
         """Starts decoding a medium; returns at once.
 
         Args:
-          media, frames, size: as of `data.video.sample`.
+          media, frames, size, max_pixels: as of `data.video.sample`.
           timeout: seconds of decoding that the medium may take, those of all workers added up.
             Time that decoded frames wait to be taken does not count.
           chunk: frames that come together; fewer at the end of a stretch.
@@ -93,7 +94,7 @@ class Decoders:
         if media.data is not None and not isinstance(media.data, bytes):
             media.data.seek(0)
             media = replace(media, data=media.data.read())
-        return Frames(self, media, frames, size, timeout, chunk)
+        return Frames(self, media, frames, size, timeout, chunk, max_pixels)
 
     def close(self) -> None:
         """Ends all processes, in mid-frame if need be, and waits until they are gone.
@@ -154,8 +155,10 @@ class Frames(Iterator[np.ndarray]):
         size: int,
         timeout: float | None,
         chunk: int,
+        max_pixels: int | None,
     ):
         self.source = media, frames, size
+        self.max_pixels = max_pixels
         self.closed = False
         self.timeout = timeout
         self._decoders, self._chunk = decoders, chunk
@@ -311,7 +314,7 @@ class _Worker:
     def open(self, frames: Frames) -> None:
         """Opens a medium; what was open before is closed."""
         self.serves = None
-        self.times = self._ask(frames, "open", *frames.source, frames.timeout)
+        self.times = self._ask(frames, "open", *frames.source, frames.max_pixels, frames.timeout)
         self.serves, self._position = frames, 0
 
     def can_read(self, frames: Frames, first: int) -> bool:

@@ -6,7 +6,8 @@ needs NumPy and PyAV alone, whatever its parent is.
 It says True when it is ready. Then requests come pickled through standard input, answers go pickled
 through standard output, one each:
 
-    ("open", media, frame_config, size, timeout)  ->  times float64 [F]; what was open is closed
+    ("open", media, frame_config, size, max_pixels, timeout)
+                                                  ->  times float64 [F]; what was open is closed
     ("read", first, last, timeout)                ->  frames uint8 [n, size, size, 3]
     ("close",)                                    ->  None
 
@@ -31,9 +32,9 @@ class _Requests:
 
     def answer(self, request: tuple[Any, ...]) -> Any:
         match request:
-            case ("open", media, frames, size, timeout):
+            case ("open", media, frames, size, max_pixels, timeout):
                 self._close()
-                self._medium = SampledMedium(media, frames, size, timeout)
+                self._medium = SampledMedium(media, frames, size, timeout, max_pixels)
                 return self._medium.times
             case ("read", first, last, timeout):
                 assert self._medium is not None, "read before open"

@@ -12,6 +12,7 @@ import pytest
 
 from storm_jax.data.synthetic import write_video
 from tests.commands.conftest import ROOT, command_environment, training
+from tests.compilation import SHARED
 from tests.data.media_files import write
 from tests.inference.test_media import children, gone
 
@@ -43,7 +44,9 @@ def checkpoint(videos, tmp_path_factory):
 @pytest.fixture(scope="module")
 def known(checkpoint):
     """A video, the question about it, and the answer that was learnt."""
-    record = checkpoint[1][0]
+    records = checkpoint[1]
+    assert len({r["conversations"][1]["value"] for r in records}) == VIDEOS
+    record = records[1]
     question, answer = (turn["value"] for turn in record["conversations"])
     return record["media"][0]["path"], question.removeprefix("<video>\n"), answer
 
@@ -55,23 +58,17 @@ def image(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flags(checkpoint, tmp_path_factory):
+def flags(checkpoint):
     """What all calls have in common."""
-    cache = tmp_path_factory.mktemp("compiled")
-    return [f"--checkpoint={checkpoint[0]}", "--max_new_tokens=12", f"--compile_cache={cache}"]
+    return [f"--checkpoint={checkpoint[0]}", "--max_new_tokens=12"]
 
 
-def environment():
-    """Keeps every program, so that tests compile each once."""
-    return command_environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
-def generate(*arguments):
+def generate(*arguments, env=None):
     """The command as a user starts it."""
     return subprocess.Popen(
         [sys.executable, "-m", "storm_jax.generate", *arguments],
         cwd=ROOT,
-        env=environment(),
+        env=env or command_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -90,7 +87,7 @@ def calls(flags):
             [sys.executable, "-m", "tests.commands.generate_calls"],
             cwd=ROOT,
             input=json.dumps(asked),
-            env=environment(),
+            env=command_environment(),
             capture_output=True,
             text=True,
             timeout=300,
@@ -141,7 +138,7 @@ def test_a_chat_encodes_the_video_once(flags, known, calls):
 @pytest.mark.slow
 def test_media_subtitles_and_options(checkpoint, known, calls, image, tmp_path):
     path, question, answer = known
-    other = checkpoint[1][1]["media"][0]["path"]
+    other = checkpoint[1][0]["media"][0]["path"]
     write_video(str(tmp_path / "still.mp4"), np.full((8, 32, 32, 3), 90, np.uint8))
     (tmp_path / "a.srt").write_text(
         "1\n00:00:00,000 --> 00:00:01,000\nfirst\n\n2\n00:09:00,000 --> 00:09:01,000\nlate\n"
@@ -230,9 +227,10 @@ def test_mistakes(checkpoint, known, calls, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_while_it_waits(flags, known):
+def test_interrupted_while_it_waits(flags, known, tmp_path):
     path, question, answer = known
-    process = generate(*flags, f"--video={path}")
+    env = {name: value for name, value in command_environment().items() if name != SHARED}
+    process = generate(*flags, f"--video={path}", f"--compile_cache={tmp_path}", env=env)
     until = time.monotonic() + 60
     while not (workers := children(process.pid)) and time.monotonic() < until:
         time.sleep(0.05)
@@ -245,3 +243,4 @@ def test_interrupted_while_it_waits(flags, known):
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "error: interrupted" and "Traceback" not in err
     assert gone(workers)
+    assert any("fill" in x.name for x in tmp_path.iterdir())  # of the compiled programs

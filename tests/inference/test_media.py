@@ -208,6 +208,17 @@ def test_damage_is_an_error_at_its_place(decoders, folder):
     assert next(frames, None) is None  # and then it is over
 
 
+def test_pictures_that_are_too_large(decoders, video):
+    few = decoders.sample(Media("video", video), FrameConfig(8), SIZE, max_pixels=64 * 48 - 1)
+    with pytest.raises(MediaError) as raised:
+        next(few)
+    with pytest.raises(MediaError) as expected:
+        sample(Media("video", video), FrameConfig(8), SIZE, max_pixels=64 * 48 - 1)
+    assert raised.value.reason == expected.value.reason
+    enough = decoders.sample(Media("video", video), FrameConfig(8), SIZE, max_pixels=64 * 48)
+    assert sum(map(len, enough)) == 8
+
+
 def test_errors_before_the_first_frame(decoders, video, tmp_path):
     (tmp_path / "empty.mp4").touch()
     for media, reason in (
