@@ -76,7 +76,10 @@ def measure(loaded, case: tuple[int, int, int], args) -> dict:
 
         result = {"vit": timed(vit, args.repeats)}
         result["temporal"] = timed(
-            lambda: jax.block_until_ready(encoder._reduce(parts, count).tokens), args.repeats
+            lambda: jax.block_until_ready(
+                encoder._reduce(list(parts), count, model_config, 1.0).tokens
+            ),
+            args.repeats,
         )
     about = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

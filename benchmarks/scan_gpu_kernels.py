@@ -116,7 +116,7 @@ def layer_row() -> dict:
 
     @jax.jit
     def forward(parameters, x):
-        return nnx.merge(graph, parameters)(x, segments)
+        return nnx.merge(graph, parameters)(x, segments)[0]
 
     def total(parameters, x):
         return jnp.sum(forward(parameters, x).astype(jnp.float32))

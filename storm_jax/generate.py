@@ -1,107 +1,355 @@
-"""Answers a question about a video, from a training checkpoint.
+"""Answers questions about videos and images, from a training checkpoint.
 
-python -m storm_jax.generate --checkpoint=DIR --video=FILE.mp4 --prompt="..." [--frames=64]
-    [--temporal_sampling=2]
+python -m storm_jax.generate --checkpoint=DIR --video=FILE.mp4 --prompt="What happens?"
+
+--video (a file or a folder of frames) and --image may be repeated. In the prompt `<video>` and
+`<image>` say where they stand; without them all stand before it, videos first. --start, --end and
+--subtitles belong to the videos in order; one --start or --end alone is for all of them. Without
+--prompt every line of standard input is a question of one conversation: the media are encoded
+once. The answer goes to standard output, everything else to standard error. docs/generate.md
+describes the options.
+
+Exit status: 0 answered; 1 a medium, a subtitle file or the checkpoint cannot be used; 2 flags or
+prompts that cannot be; 3 too long for the context; 130 interrupted; 141 nobody reads the answer.
 """
 
+import contextlib
 import dataclasses
+import functools
+import json
+import operator
 import os
 import sys
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import jax
-from absl import app, flags
+import numpy as np
+from absl import app, flags, logging
 
 from storm_jax import checkpoint
-from storm_jax.config import ConfigError
-from storm_jax.data import text, video
-from storm_jax.data.records import Media, Turn
-from storm_jax.inference.engine import Engine
-from storm_jax.inference.load import load, with_frames
+from storm_jax.config import ConfigError, RunConfig
+from storm_jax.data import subtitles, text
+from storm_jax.data.conversation import Media
+from storm_jax.data.video import MediaError
+from storm_jax.inference.compile_notice import CompileNotice
+from storm_jax.inference.conversation import Conversation, Medium, PlacementError, opening
+from storm_jax.inference.engine import ContextError, Engine
+from storm_jax.inference.load import load
+from storm_jax.inference.media import Decoders, Frames
+from storm_jax.inference.options import Options, TokensKept
+from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
-from storm_jax.inference.text import AnswerText
 from storm_jax.inference.tokenizer import load_tokenizer
+from storm_jax.training import compile_cache
+
+if TYPE_CHECKING:  # takes a second to import: mistakes in flags are told before
+    from transformers import PreTrainedTokenizerFast
+
+CHAT_TOKENS = 2048  # that questions and answers of a conversation may take by default
+ANSWERED, BAD_INPUT, USAGE, TOO_LONG, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
 )
-_VIDEO = flags.DEFINE_string("video", None, "A video file or a folder of frames.", required=True)
-_PROMPT = flags.DEFINE_string("prompt", None, "The question.", required=True)
-_FRAMES = flags.DEFINE_integer("frames", 0, "Frames taken from the video; 0: as in training.", 0)
-_SAMPLING = flags.DEFINE_integer(
-    "temporal_sampling", 0, "Keep every so many pooled frames; 0: as in training.", 0
+_VIDEO = flags.DEFINE_multi_string("video", [], "A video file or a folder of frames.")
+_IMAGE = flags.DEFINE_multi_string("image", [], "An image file.")
+_START = flags.DEFINE_multi_float("start", [], "Where the clip starts, s.", 0.0)
+_END = flags.DEFINE_multi_float("end", [], "Where the clip ends, s.", 0.0)
+_SUBTITLES = flags.DEFINE_multi_string(
+    "subtitles", [], 'A .srt, .vtt or .json file, one for each video; "" for none.'
 )
-_START = flags.DEFINE_float("start", None, "Where the clip starts, s.", 0.0)
-_END = flags.DEFINE_float("end", None, "Where the clip ends, s.", 0.0)
-_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", 1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 always takes the best token.", 0.0)
+_PROMPT = flags.DEFINE_string(
+    "prompt", None, "The question; without it, each line of standard input is one."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print each answer as a JSON object on one line.")
+_CONTEXT = flags.DEFINE_integer(
+    "context", 0, "Tokens of the whole conversation; 0: as the media and a row of training need.", 0
+)
+_CACHE = flags.DEFINE_string(
+    "compile_cache",
+    os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "storm_jax", "compiled"),
+    "Folder of compiled programs.",
+)
+_DECODERS = flags.DEFINE_integer("decoders", 0, "Decoding processes; 0: one for each core.", 0)
+# What decoding may do, see `inference.sampling.Sampling`.
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 always takes the best token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among so many best tokens; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Choose among the best that add to this probability.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Least probability, as a share of the best token's.")
+_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Of tokens that are there; 1: none.")
+_STOP = flags.DEFINE_multi_string("stop", [], "The answer ends before this text.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of random choices.")
+# What is left out of a video, see `inference.options.Options`.
+_FRAMES = flags.DEFINE_integer("frames", 0, "Frames taken from a video; 0: as in training.")
+_SAMPLING = flags.DEFINE_integer(
+    "temporal_sampling", 0, "Keep every so many pooled frames; 0: as in training."
+)
+_TEMPORAL_POOL = flags.DEFINE_integer("temporal_pool", 0, "As in training, or an error.")
+_SPATIAL_POOL = flags.DEFINE_integer("spatial_pool", 0, "As in training, or an error.")
+_DUPLICATES = flags.DEFINE_float(
+    "duplicate_threshold", 0.0, "Skip frames whose luma differs less, in levels of 255; 0: none."
+)
+_KEEP = flags.DEFINE_float("keep_tokens", 1.0, "Share of the visual tokens that is kept.")
+
+
+class UsageError(ValueError):
+    """Flags or prompts that cannot be used."""
+
+
+def requested_media() -> list[Medium]:
+    """The videos of the flags, then the images."""
+    videos = _VIDEO.value
+    if not videos and not _IMAGE.value:
+        raise UsageError("give --video or --image")
+
+    def of_each(flag: flags.FlagHolder, one_for_all: bool) -> list:
+        values = flag.value
+        if one_for_all and len(values) == 1:
+            return values * len(videos)
+        if len(values) not in (0, len(videos)):
+            raise UsageError(f"--{flag.name} is given {len(values)} times, --video {len(videos)}")
+        return values or [None] * len(videos)
+
+    spans = zip(of_each(_START, True), of_each(_END, True), strict=True)
+    found = []
+    for path, span, file in zip(videos, spans, of_each(_SUBTITLES, False), strict=True):
+        cues = subtitles.within(subtitles.read(file), *span) if file else []
+        found.append(Medium(Media("video", path, *span), tuple(cue.text for cue in cues)))
+    return found + [Medium(Media("image", path)) for path in _IMAGE.value]
+
+
+class Summary:
+    """What one answer took. Seconds of compiling are counted apart from the part they fell into."""
+
+    def __init__(self, notice: CompileNotice):
+        self.media: list[tuple[Media, TokensKept]] = []
+        self._notice = notice
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Counts the seconds of a block."""
+        began, compiled = time.perf_counter(), self._notice.seconds
+        try:
+            yield
+        finally:
+            compiled = self._notice.seconds - compiled
+            self._add(part, time.perf_counter() - began - compiled)
+            self._add("compile", compiled)
+
+    def waited(self, frames: Frames) -> Iterator[np.ndarray]:
+        """The chunks; counts the time that they are waited for, which is none of encoding's."""
+        while True:
+            began = time.perf_counter()
+            chunk = next(frames, None)
+            seconds = time.perf_counter() - began
+            self._add("frames", seconds)
+            self._add("encode", -seconds)
+            if chunk is None:
+                return
+            yield chunk
+
+    def finish(self, conversation: Conversation, question: str, answer: str) -> dict:
+        """What `--json` prints; begins anew for the next answer."""
+        seconds, self._seconds = self._seconds, {}
+        return {
+            "prompt": question,
+            "answer": answer,
+            "finish": conversation.finish,
+            "media": [{"path": m.path} | dataclasses.asdict(kept) for m, kept in self.media],
+            "prompt_tokens": conversation.prompt_tokens,
+            "answer_tokens": conversation.answer_tokens,
+            "seconds": {part: round(value, 4) for part, value in seconds.items()},
+            "tokens_per_second": round(conversation.answer_tokens / seconds["answer"], 2),
+        }
+
+    def line(self, record: dict) -> str:
+        """What `finish` returned, for people."""
+        media = functools.reduce(operator.add, [kept for _, kept in self.media])
+        times = ", ".join(f"{part} {value:.2f} s" for part, value in record["seconds"].items())
+        return (
+            f"{media}; {record['prompt_tokens']} tokens in the prompt, {record['answer_tokens']}"
+            f" in the answer; {times}; {record['tokens_per_second']:.1f} tokens/s"
+        )
+
+    def _add(self, part: str, seconds: float) -> None:
+        self._seconds[part] = self._seconds.get(part, 0.0) + seconds
+
+
+def questions() -> Iterator[str]:
+    """The prompt of the flags, or the lines of standard input that are not blank."""
+    if _PROMPT.value is not None:
+        if not _PROMPT.value.strip():
+            raise UsageError("--prompt is empty")
+        yield _PROMPT.value
+        return
+    some = False
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            break
+        if line.strip():
+            some = True
+            yield line.strip()
+    if not some:
+        raise UsageError("no question: give --prompt, or lines on standard input")
+
+
+def room_for(config: RunConfig, media: list[Medium]) -> int:
+    """Tokens that the context holds where the flags do not say."""
+    further = len(media) - 1  # a row of training is one medium and its text
+    visual = config.model.visual_tokens(config.data.frames.max_frames)
+    text = CHAT_TOKENS if _PROMPT.value is None else 0
+    subtitles = sum(len(line) + 1 for medium in media for line in medium.lines)  # a token is longer
+    return config.data.sequence_length + further * visual + text + subtitles + _NEW_TOKENS.value
+
+
+def sampling_of_flags(stop_tokens: tuple[int, ...] = ()) -> Sampling:
+    """What decoding may do."""
+    try:
+        return Sampling(
+            max_new_tokens=_NEW_TOKENS.value,
+            repetition_penalty=_PENALTY.value,
+            temperature=_TEMPERATURE.value,
+            top_k=_TOP_K.value,
+            top_p=_TOP_P.value,
+            min_p=_MIN_P.value,
+            seed=_SEED.value,
+            stop_tokens=stop_tokens,
+        )
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+
+
+def configured() -> tuple[RunConfig, Options]:
+    """The checkpoint's configuration with the options of the flags in it, and these."""
+    trained = checkpoint.read_config(_CHECKPOINT.value)
+    try:
+        options = Options(
+            frames=_FRAMES.value,
+            temporal_sampling=_SAMPLING.value,
+            temporal_pool=_TEMPORAL_POOL.value,
+            spatial_pool=_SPATIAL_POOL.value,
+            duplicate_threshold=_DUPLICATES.value,
+            keep_tokens=_KEEP.value,
+        )
+        return options.apply(trained), options
+    except ConfigError as error:
+        raise UsageError(f"--{error}") from error
 
 
 def run() -> None:
-    began = time.perf_counter()
-    loaded = load(_CHECKPOINT.value)
-    config = loaded.config
-    if _FRAMES.value:
-        config = with_frames(config, _FRAMES.value)
-    if _SAMPLING.value:
-        reduction = dataclasses.replace(config.model.reduction, temporal_sampling=_SAMPLING.value)
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, reduction=reduction)
-        )
-    loaded = dataclasses.replace(loaded, config=config)
-    tokenizer = load_tokenizer(_CHECKPOINT.value, config)
-    times = {"load": time.perf_counter() - began}
-
-    began = time.perf_counter()
-    media = Media("video", _VIDEO.value, _START.value, _END.value)
-    frames, _ = video.sample(
-        media, config.data.frames, config.model.vit.image_size, config.data.decode_timeout
-    )
-    times["decode video"] = time.perf_counter() - began
-
-    print(f"{len(frames)} frames; compiling for this length", file=sys.stderr, flush=True)
-    began = time.perf_counter()
-    context = config.data.sequence_length + _NEW_TOKENS.value
-    engine = Engine(loaded, slots=1, context=context)
-    visual = engine.encode(frames)
-    jax.block_until_ready(visual.tokens)
-    times["encode"] = time.perf_counter() - began
-    turns = (Turn("user", f"<video>\n{_PROMPT.value}"),)
-    template = config.data.chat_template
-    tokens = text.encode_prompt(tokenizer, template, turns, [visual.count])
-    sampling = Sampling(
-        max_new_tokens=_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        seed=_SEED.value,
-        stop_tokens=text.stop_tokens(tokenizer, template),
-    )
-    began = time.perf_counter()
-    engine.admit(tokens, [visual], sampling)
-    answer, count = AnswerText(tokenizer), 0
-    while progress := engine.step():
-        count += len(progress[0].tokens)
-        print(answer.push(progress[0].tokens), end="", flush=True)
-    print(answer.close(), flush=True)
-    times["answer"] = time.perf_counter() - began
-    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
-    print(
-        f"{len(frames)} frames, {len(frames) * config.model.frame_tokens} tokens mixed,"
-        f" {visual.count} visual tokens in the decoder, {len(tokens)} tokens in the prompt,"
-        f" {count} in the answer; {parts} (compilation included)",
-        file=sys.stderr,
-    )
+    """Does what the flags ask for."""
+    sampling_of_flags()
+    config, options = configured()
+    media = requested_media()
+    if _PROMPT.value is not None:
+        opening(_PROMPT.value, media)  # refuses before anything is decoded
+    if _CACHE.value:
+        compile_cache.enable(os.path.expanduser(_CACHE.value))
+    with contextlib.closing(CompileNotice()) as notice:
+        summary = Summary(notice)
+        engine, tokenizer, encoded = encoded_media(config, options, media, summary)
+        sampling = sampling_of_flags(text.stop_tokens(tokenizer, config.data.chat_template))
+        conversation = Conversation(engine, tokenizer, sampling, _STOP.value)
+        further = False
+        for question in questions():
+            with summary.timed("prefill"):
+                if further:
+                    conversation.ask(question)
+                else:
+                    prompt, ordered = opening(question, media)
+                    conversation.ask(prompt, [encoded[medium] for medium in ordered])
+            further = True
+            answer(conversation, question, summary)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"arguments not understood: {' '.join(argv[1:])}")
+def encoded_media(
+    config: RunConfig, options: Options, media: list[Medium], summary: Summary
+) -> tuple[Engine, "PreTrainedTokenizerFast", dict[Medium, Visual]]:
+    """An engine, a tokenizer, and every medium encoded; one that is given twice is encoded once."""
+    size, limit = config.model.vit.image_size, config.data.decode_timeout
+    with Decoders(_DECODERS.value) as decoders:
+        # They are decoded while the parameters are read.
+        frames = {m: decoders.sample(m.media, config.data.frames, size, limit) for m in media}
+        with summary.timed("load"):
+            tokenizer = load_tokenizer(_CHECKPOINT.value, config)
+            loaded = load(_CHECKPOINT.value)
+            engine = Engine(loaded, slots=1, context=_CONTEXT.value or room_for(config, media))
+        visual = {}
+        for medium, chunks in frames.items():
+            with summary.timed("encode"):
+                visual[medium] = engine.encode(summary.waited(chunks), options)
+                jax.block_until_ready(visual[medium].tokens)
+        for medium in media:
+            sampled, encoded = frames[medium].count, visual[medium].frames
+            kept = options.tokens_kept(config.model, sampled, encoded)
+            summary.media.append((medium.media, kept))
+    return engine, tokenizer, visual
+
+
+def answer(conversation: Conversation, question: str, summary: Summary) -> None:
+    """Shows the answer as it comes, and what it took."""
+    pieces = []
+    with summary.timed("answer"):
+        for piece in conversation.answer():
+            pieces.append(piece)
+            if not _JSON.value:
+                print(piece, end="", flush=True)
+    record = summary.finish(conversation, question, "".join(pieces))
+    if _JSON.value:
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+    else:
+        print(flush=True)
+        print(summary.line(record), file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)  # Orbax tells everything that it does
     try:
+        if len(argv) > 1:
+            raise UsageError(f"arguments not understood: {' '.join(argv[1:])}")
         run()
-    except (checkpoint.CheckpointError, ConfigError, video.MediaError, text.TokenizerError) as e:
-        sys.exit(f"error: {e}")
+        return ANSWERED
+    except (UsageError, PlacementError) as error:
+        return failed(error, USAGE)
+    except ContextError as error:
+        return failed(error, TOO_LONG)
+    except (
+        checkpoint.CheckpointError,
+        ConfigError,
+        MediaError,
+        subtitles.SubtitleError,
+        text.TokenizerError,
+    ) as error:
+        return failed(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        return failed("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return CLOSED
+
+
+def failed(error: object, status: int) -> int:
+    """Says what is wrong; returns the exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Flags, with this command's exit status for those that cannot be."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(failed(f"{error} (--help lists the flags)", USAGE))
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
-    app.run(main)
+    app.run(main, flags_parser=parse)

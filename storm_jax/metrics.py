@@ -3,15 +3,25 @@
 import contextlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from storm_jax.workdir import replace_text
+
+# tensorboardX imports PyTorch wherever it is installed, for nothing that is used here: half the
+# time that all imports of a run take together.
+if "torch" in sys.modules:
+    from tensorboardX import SummaryWriter
+else:
+    sys.modules["torch"] = None  # type: ignore[assignment]  # an ImportError, which it expects
+    from tensorboardX import SummaryWriter
+
+    del sys.modules["torch"]
 
 
 class MetricWriter:

@@ -22,7 +22,8 @@ from storm_jax import checkpoint
 from storm_jax.config import ConfigError
 from storm_jax.data import text
 from storm_jax.inference.engine import ContextError
-from storm_jax.inference.load import load, with_frames
+from storm_jax.inference.load import load
+from storm_jax.inference.options import Options
 from storm_jax.inference.tokenizer import load_tokenizer
 from storm_jax.inference.weights import Quantization
 from storm_jax.serving.settings import Settings
@@ -117,12 +118,8 @@ def run() -> None:
     listening = bound(_HOST.value, _PORT.value)  # first, for it costs nothing to fail here
     loaded = load(_CHECKPOINT.value, quantization=cast(Quantization, _QUANTIZATION.value))
     config = loaded.config
-    if _FRAMES.value:
-        config = with_frames(config, _FRAMES.value)
-    if _SAMPLING.value:
-        reduction = dataclasses.replace(config.model.reduction, temporal_sampling=_SAMPLING.value)
-        model = dataclasses.replace(config.model, reduction=reduction)
-        config = dataclasses.replace(config, model=model)
+    options = Options(frames=_FRAMES.value, temporal_sampling=_SAMPLING.value)
+    config = options.apply(config)
     loaded = dataclasses.replace(loaded, config=config)
     tokenizer = load_tokenizer(_CHECKPOINT.value, config)
     settings = Settings(

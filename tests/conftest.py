@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 
-from tests.compilation import QUICK
+from tests.compilation import QUICK, SHARED
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -15,6 +16,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 # collectives may start in another order on each device: with one thread a device they can block
 # one another for good.
 os.environ.setdefault("NPROC", "32")
+# What one test compiles, the others find: other workers, and the processes that tests start.
+if SHARED not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="storm_jax_tests_")  # goes when this process ends
+    os.environ[SHARED] = COMPILED.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -25,24 +31,29 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Files that take longest come first, so that two workers end together.
 LONG = (
+    "commands/test_compile.py",
     "commands/test_processes.py",
     "commands/test_train.py",
     "interop/test_export.py",
     "kernels/test_triton_gpu.py",
     "training/test_step.py",
     "commands/test_generate.py",
-    "parallel/test_sharding.py",
-    "kernels/test_selective_scan.py",
+    "parallel/test_sequence.py",
+    "interop/test_parity.py",
     "kernels/test_pallas_tpu.py",
     "kernels/test_ablate.py",
+    "kernels/test_selective_scan.py",
+    "commands/test_convert.py",
     "models/test_storm.py",
+    "parallel/test_sharding.py",
 )
 # Tests of these share nothing: they fill what is left.
-APART = (
+LAST = (
     "kernels/test_triton_gpu_compile.py",
     "kernels/test_pallas_tpu_compiled.py",
     "kernels/test_scan_mamba_ssm.py",
 )
+APART = ("commands/test_compile.py", *LAST)
 
 
 def _file(nodeid):
@@ -52,7 +63,7 @@ def _file(nodeid):
 def pytest_collection_modifyitems(items):
     def place(item):
         file = _file(item.nodeid)
-        return LONG.index(file) if file in LONG else len(LONG) + (file in APART)
+        return LONG.index(file) if file in LONG else len(LONG) + (file in LAST)
 
     items.sort(key=place)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Modules of storm_jax that nothing imports.
-COMMANDS = {"compile", "convert", "generate", "serve", "train"}
+COMMANDS = {"compile", "convert", "generate", "serve", "stream", "train"}
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "training": {"config", "parallel", "models"},
     "checkpoint": {"config", "models", "training", "workdir"},
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
-    "inference": {"checkpoint", "config", "data", "models", "parallel", "training"},
+    "inference": {"checkpoint", "config", "data", "frames", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
     "serving": {"config", "data", "inference"},
 }

@@ -23,7 +23,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import Interpolation, VideoReformatter
 
 _BACKOFF = (0.0, 1.0, 4.0, 16.0, 64.0)  # seconds before the target where a seek is tried
-_HALF = 0.52  # frame periods; above 0.5, so that rounded timestamps do not turn ties around
+HALF_PERIOD = 0.52  # frame periods; above 0.5, so that rounded timestamps do not turn ties around
 # Tags that are not UTF-8: PyAV 19 copes by itself, and no longer knows the argument.
 _OPEN: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) > 18 else {"metadata_errors": "replace"}
@@ -133,7 +133,7 @@ class VideoReader:
         self.fps = float(rate) if rate else max(stream.frames, 1) / max(self.duration, 1e-3)
         estimate = max(1, round(self.duration * self.fps))
         self.frames = min(stream.frames, estimate) if stream.frames > 0 else estimate
-        self._tolerance = _HALF / self.fps
+        self._tolerance = HALF_PERIOD / self.fps
         # In MP4 and AVI the header lists every frame: it tells which key frame precedes a time.
         self._indexed = 0 < stream.frames <= len(stream.index_entries)
 
@@ -148,6 +148,12 @@ class VideoReader:
         if self._opened:
             self._container.close()
             self._opened = False
+
+    def allow(self, seconds: float) -> None:
+        """Starts the clock again: work from now on must end in `seconds`."""
+        if self._timeout is None:
+            self._timeout = seconds  # what the error says
+        self._deadline = time.monotonic() + seconds
 
     def read(
         self, times: np.ndarray, size: int | None = None, keyframes_only: bool = False
@@ -451,7 +457,9 @@ class VideoReader:
                 raise self._damaged(error) from error
         if packet is None or not frames:
             self._open()
-            return self._frame_at(goal)
+            frame = self._frame_at(goal)
+            self._current = None  # it is no key frame: the next goal may not take it for one
+            return frame
         if frames[0].is_corrupt:
             raise self._error(f"its key frame at {self._seconds(_pts(packet)):.2f} s is damaged")
         self._current = frames[0]

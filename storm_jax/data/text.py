@@ -347,6 +347,18 @@ def encode_prompt(
     return expand(_encode_pieces(tokenizer, pieces)[0], visual_counts).tokens
 
 
+def encode_next(tokenizer: "PreTrainedTokenizerFast", template: Template, text: str) -> np.ndarray:
+    """Tokens (int32 [n]) between an answer and the next one, for a user's turn without media.
+
+    They follow the answer without the token that ends it, which they begin with.
+    """
+    before, answer, turn = Turn("user", ""), Turn("assistant", ""), Turn("user", text)
+    head = _render(template, (before,), prompt=True)
+    pieces = _render(template, (before, answer, turn), prompt=True)
+    assert pieces[: len(head)] == head
+    return expand(_encode_pieces(tokenizer, [pieces[len(head) :]])[0], ()).tokens
+
+
 def encode_unexpanded(
     tokenizer: "PreTrainedTokenizerFast",
     template: Template,

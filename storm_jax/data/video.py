@@ -1,8 +1,9 @@
 """Frames of videos, images and frame folders: the one sampling policy, and what it needs to know.
 
 `decode` returns frames and their real times from any file that PyAV opens; `sample` applies the
-configuration's `FrameConfig` to a record's medium and is what training, evaluation and generation
-call; `frame_count` says beforehand, from a `Probe` alone, how many frames `sample` will return.
+configuration's `FrameConfig` to a record's medium and is what training and evaluation call;
+`SampledMedium` returns the same frames stretch by stretch; `frame_count` says beforehand, from a
+`Probe` alone, how many frames `sample` will return.
 
 Damaged files. A frame is used only if every packet from its key frame on decodes without an error
 and the file reaches it. So a file that is cut off or corrupted still serves a clip that lies before
@@ -31,6 +32,7 @@ from storm_jax.frames import FrameConfig
 __all__ = [
     "MediaError",
     "Probe",
+    "SampledMedium",
     "decode",
     "frame_count",
     "images_in",
@@ -154,6 +156,93 @@ def decode(
         return reader.read(times, size, keyframes_only)
 
 
+class SampledMedium:
+    """A medium opened under the policy: any stretch of the frames that `sample` returns.
+
+    A frame of a video does not depend on the stretch that it is read in. Damage that no wanted
+    frame needs can show in a long stretch, which is decoded through, and not in two short ones.
+
+    Attributes:
+      times: float64 [F], seconds, that the policy asks for. A folder's frame i has time i, an image
+        time 0.
+    """
+
+    def __init__(
+        self,
+        media: Media,
+        frames: FrameConfig,
+        size: int,
+        timeout: float | None = None,
+        max_pixels: int | None = None,
+    ):
+        """Opens it. Arguments and errors are those of `sample`."""
+        self._max_pixels = max_pixels
+        self._size, self._keyframes_only = size, frames.keyframes_only
+        self._reader: VideoReader | None = None
+        self._media, self._files = media, list[str]()
+        self._next = 0  # earlier frames can no longer be read
+        span = media.start, media.end
+        if media.kind == "image":
+            self.times = np.zeros(1)
+        elif media.data is None and os.path.isdir(media.path):
+            self._files = images_in(media.path)
+            clip = media.path, len(self._files) / _FOLDER_FPS, _FOLDER_FPS, len(self._files)
+            times = _times(clip, span, frames.max_frames, frames.fps)
+            picks = [min(math.ceil(t * _FOLDER_FPS - 0.5), len(self._files) - 1) for t in times]
+            self.times = np.array(picks) / _FOLDER_FPS
+        else:
+            source = media.path if media.data is None else media.data
+            reader = VideoReader(source, timeout, media.path, max_pixels)
+            try:
+                clip = reader.path, reader.duration, reader.fps, reader.frames
+                self.times = _times(clip, span, frames.max_frames, frames.fps)
+            except MediaError:
+                reader.close()
+                raise
+            self._reader = reader
+
+    def __enter__(self) -> "SampledMedium":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Releases the file."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def read(
+        self, first: int = 0, last: int | None = None, timeout: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Frames `first` to `last`, which is not included. Stretches must ascend.
+
+        Args:
+          timeout: seconds from now on that replace what is left of the first time limit.
+
+        Returns:
+          frames uint8 [n, size, size, 3] and their real times, float64 [n].
+
+        Raises:
+          MediaError: as `decode`.
+          ValueError: the stretch begins before the end of the one before.
+        """
+        if first < self._next:
+            raise ValueError(f"frames from {first} on were asked for behind frame {self._next - 1}")
+        times = self.times[first:last]
+        self._next = first + len(times)
+        if self._reader is not None:
+            if timeout is not None:
+                self._reader.allow(timeout)
+            return self._reader.read(times, self._size, self._keyframes_only)
+        if self._media.kind == "image":
+            image = _image(self._media.path, self._size, self._media.data, self._max_pixels)
+            return image[None], times
+        picks = np.rint(times * _FOLDER_FPS).astype(int)
+        images = [_image(self._files[i], self._size, None, self._max_pixels) for i in picks]
+        return np.stack(images), times
+
+
 def sample(
     media: Media,
     frames: FrameConfig,
@@ -178,28 +267,8 @@ def sample(
     Raises:
       MediaError: as `decode`.
     """
-    if media.kind == "image":
-        return _image(media.path, size, media.data, max_pixels)[None], np.zeros(1)
-    if media.data is None and os.path.isdir(media.path):
-        files = images_in(media.path)
-        clip = media.path, len(files) / _FOLDER_FPS, _FOLDER_FPS, len(files)
-        times = _times(clip, (media.start, media.end), frames.max_frames, frames.fps)
-        picks = [min(math.ceil(t * _FOLDER_FPS - 0.5), len(files) - 1) for t in times]
-        images = np.stack([_image(files[i], size, None, max_pixels) for i in picks])
-        return images, np.array(picks) / _FOLDER_FPS
-    return decode(
-        media.path if media.data is None else media.data,
-        n=None if frames.fps else frames.max_frames,
-        fps=frames.fps or None,
-        start=media.start,
-        end=media.end,
-        size=size,
-        keyframes_only=frames.keyframes_only,
-        timeout=timeout,
-        max_frames=frames.max_frames,
-        name=media.path,
-        max_pixels=max_pixels,
-    )
+    with SampledMedium(media, frames, size, timeout, max_pixels) as medium:
+        return medium.read()
 
 
 def sample_images(images: Sequence[np.ndarray], frames: FrameConfig, size: int) -> np.ndarray:

@@ -75,4 +75,4 @@ def write_token(slots_BTKC: jax.Array, new_BKC: jax.Array, positions_B: jax.Arra
     """Puts one token of each row into its slot."""
     B, T = slots_BTKC.shape[:2]
     new = new_BKC.astype(slots_BTKC.dtype)
-    return slots_BTKC.at[jnp.arange(B), positions_B % T].set(new, unique_indices=True)
+    return slots_BTKC.at[jnp.arange(B), positions_B % T].set(new, mode="promise_in_bounds")

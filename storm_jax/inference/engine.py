@@ -17,7 +17,8 @@ from storm_jax.config import VISUAL
 from storm_jax.inference.cache import empty_cache
 from storm_jax.inference.decode import begin, decode, no_rows
 from storm_jax.inference.load import LoadedModel
-from storm_jax.inference.prefill import Encoder, Visual, bucket
+from storm_jax.inference.options import Options
+from storm_jax.inference.prefill import AS_TRAINED, Encoder, Visual, bucket
 from storm_jax.inference.sampling import Sampling, Wishes
 from storm_jax.inference.vit import compiler_options
 
@@ -118,9 +119,15 @@ class Engine:
         """Requests that can be admitted now."""
         return len(self._free)
 
-    def encode(self, frames: np.ndarray | Iterable[np.ndarray]) -> Visual:
+    def encode(
+        self, frames: np.ndarray | Iterable[np.ndarray], options: Options = AS_TRAINED
+    ) -> Visual:
         """Visual tokens of one medium, see `Encoder`."""
-        return self.encode_frames(frames)
+        return self.encode_frames(frames, options)
+
+    def wait(self) -> None:
+        """Waits until every prompt is in the cache; only measurements need it."""
+        jax.block_until_ready(self._rows.token)
 
     def admit(self, tokens: np.ndarray, media: Sequence[Visual], sampling: Sampling) -> int:
         """Starts an answer.

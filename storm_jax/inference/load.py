@@ -1,6 +1,5 @@
 """A checkpoint made ready to answer."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,16 +84,6 @@ def made_ready(
     """`params` on `mesh`, in the model's dtype, rearranged; they are used up."""
     weights = prepare(params, config.model, mesh, quantization)
     return LoadedModel(config, StormModel(config.model), weights, mesh)
-
-
-def with_frames(config: RunConfig, max_frames: int) -> RunConfig:
-    """The configuration with another number of frames taken from a video."""
-    frames = dataclasses.replace(config.data.frames, max_frames=max_frames)
-    length = max(config.data.sequence_length, config.model.visual_tokens(max_frames) + 1)
-    data = dataclasses.replace(
-        config.data, frames=frames, row_frames=max_frames, sequence_length=length
-    )
-    return dataclasses.replace(config, data=data)
 
 
 def _mesh(devices: list[jax.Device] | None) -> jax.sharding.Mesh:

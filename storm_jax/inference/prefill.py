@@ -1,8 +1,9 @@
 """From frames to the visual tokens that the decoder sees.
 
 The ViT runs on a fixed number of frames at a time, so that one program serves any video, and starts
-on the first ones while later ones are still being decoded. The temporal encoder and the reduction
-see all frames at once; they are padded to one of a few lengths.
+on the first ones while later ones are still being decoded. A temporal encoder that runs forward
+only carries its state from batch to batch; one that runs in both directions, and the reduction, see
+all frames at once, padded to one of a few lengths.
 """
 
 import functools
@@ -14,13 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from storm_jax.config import ModelConfig
 from storm_jax.inference import vit
 from storm_jax.inference.load import LoadedModel
+from storm_jax.inference.options import Options
+from storm_jax.inference.prune import DuplicateFilter, kept_tokens, prune_static
+from storm_jax.inference.weights import Weights
+from storm_jax.models.storm import Storm
+from storm_jax.models.temporal import empty_state
 from storm_jax.parallel.frames import spread
 from storm_jax.parallel.sharding import reshape
 
 _FRAMES_PER_CALL = 64  # where the configuration names no number
 _FEW = 8  # frames of a call for what is left over
+AS_TRAINED = Options()
 
 
 def bucket(n: int, steps: int) -> int:
@@ -38,7 +46,7 @@ class Visual:
     Attributes:
       tokens: [V, D], on the device; V >= count, and what is behind is padding.
       count: visual tokens that the decoder sees.
-      frames: frames that were encoded.
+      frames: frames that were encoded, near-duplicates left out.
       mixed: tokens before the reduction.
     """
 
@@ -46,6 +54,24 @@ class Visual:
     count: int
     frames: int
     mixed: int
+
+
+def frame_tokens(storm: Storm, weights: Weights, frames_FHWC: jax.Array) -> jax.Array:
+    """Tokens of every frame alone, behind the projector, [F, N, D]. Traced.
+
+    Args:
+      storm: bound to the encoder of `weights`.
+      frames_FHWC: uint8 [F, side, side, 3].
+    """
+    x, collected = spread(frames_FHWC[None])
+    F = x.shape[1]
+    x = vit.encode(storm.vit, weights.vit, reshape(x, F, *x.shape[2:]), storm.dtype)
+    return collected(storm.projector(reshape(x, 1, F, *x.shape[1:])))[0]
+
+
+def _segments(real: int, length: int) -> np.ndarray:
+    """`length` frames of one video, of which those behind the first `real` are padding."""
+    return np.where(np.arange(length) < real, 0, -1).astype(np.int32)
 
 
 class Encoder:
@@ -56,46 +82,70 @@ class Encoder:
         config, model = loaded.config.model, loaded.model
         options = vit.compiler_options(loaded.mesh)
         self._per_call = config.vit.frames_per_call or _FRAMES_PER_CALL
+        group_tokens = config.group_tokens
 
         @functools.partial(jax.jit, compiler_options=options)
         def features(weights, frames_FHWC):
-            storm = model.bind(weights.encoder)
-            x, collected = spread(frames_FHWC[None])
-            F = x.shape[1]
-            x = vit.encode(storm.vit, weights.vit, reshape(x, F, *x.shape[2:]), storm.dtype)
-            return collected(storm.projector(reshape(x, 1, F, *x.shape[1:])))[0]
+            return frame_tokens(model.bind(weights.encoder), weights, frames_FHWC)
 
-        @functools.partial(jax.jit, static_argnames="groups")
-        def reduced(params, features, frame_segments, frame_groups, groups):
-            x_BFND = jnp.concatenate(features)[None]
-            more = frame_segments.shape[0] - x_BFND.shape[1]
-            x_BFND = jnp.pad(x_BFND, ((0, 0), (0, max(more, 0)), (0, 0), (0, 0)))
-            x_BFND = x_BFND[:, : frame_segments.shape[0]]
-            storm = model.bind(params)
-            x_BFND = storm.mixed(x_BFND, frame_segments[None])
-            return storm.reduced(x_BFND, frame_groups[None], groups)[0]
+        @functools.partial(jax.jit, donate_argnums=3)
+        def carried(params, x_FND, frame_segments, state):
+            temporal = model.bind(params).temporal
+            assert temporal is not None
+            x_BFND, state = temporal.carry(x_FND[None], frame_segments[None], state)
+            return x_BFND[0], state
 
-        self._features, self._reduced = features, reduced
+        @functools.partial(jax.jit, donate_argnums=0)
+        def put(all_FND, x_FND, first):
+            return jax.lax.dynamic_update_slice_in_dim(all_FND, x_FND, first, axis=0)
 
-    def __call__(self, frames: np.ndarray | Iterable[np.ndarray]) -> Visual:
+        @functools.partial(jax.jit, static_argnames=("groups", "keep"))
+        def reduced(params, x_FND, frame_segments, frame_groups, count, quota, groups, keep):
+            storm, x_BFND = model.bind(params), x_FND[None]
+            if not self._forward:
+                x_BFND = storm.mixed(x_BFND, frame_segments[None])
+            x_VD = storm.reduced(x_BFND, frame_groups[None], groups)[0]
+            if keep == len(x_VD):
+                return x_VD
+            return prune_static(x_VD, group_tokens, keep, count, quota)[0]
+
+        self._forward = config.temporal.layers > 0 and config.temporal.direction == "forward"
+        self._features, self._carried, self._put = features, carried, put
+        self._reduced = reduced
+
+    def __call__(
+        self, frames: np.ndarray | Iterable[np.ndarray], options: Options = AS_TRAINED
+    ) -> Visual:
         """Visual tokens of one medium; does not wait for the device.
 
         Args:
           frames: uint8 [F, side, side, 3]; or chunks of them, in order, of which the device gets
             each as it comes.
+          options: test-time options; how many frames there are has been decided before.
 
         Raises:
           ValueError: there is no frame.
+          ConfigError: an option that the checkpoint was not trained for.
         """
+        config = options.apply(self._loaded.config).model
         chunks = [frames] if isinstance(frames, np.ndarray) else frames
-        parts, count = [], 0
+        if options.duplicate_threshold:
+            chunks = DuplicateFilter(options.duplicate_threshold).filtered(chunks)
+        weights, dtype = self._loaded.weights, jnp.dtype(config.dtype)
+        parts, count, state = [], 0, None
         with jax.set_mesh(self._loaded.mesh):
+            if self._forward:
+                state = empty_state(config.temporal, config.decoder.width, 1, dtype)
             for batch, real in self._batches(chunks):
                 count += real
-                parts.append(self._features(self._loaded.weights, batch))
+                part = self._features(weights, batch)
+                if self._forward:
+                    segments = _segments(real, len(batch))
+                    part, state = self._carried(weights.encoder, part, segments, state)
+                parts.append(part)
             if not count:
                 raise ValueError("no frame to encode")
-            return self._reduce(parts, count)
+            return self._reduce(parts, count, config, options.keep_tokens)
 
     def _batches(self, chunks: Iterable[np.ndarray]):
         """Batches of a fixed size, padded at the end with zeros; and how many are real of each."""
@@ -121,13 +171,22 @@ class Encoder:
                 at += len(batch)
             waiting, ready = ([frames[at:]] if at < len(frames) else []), len(frames) - at
 
-    def _reduce(self, parts: list[jax.Array], count: int) -> Visual:
-        config = self._loaded.config.model
-        length = bucket(count, 4)
-        segments = np.where(np.arange(length) < count, 0, -1).astype(np.int32)
+    def _reduce(self, parts: list, count: int, config: ModelConfig, share: float) -> Visual:
+        # Few lengths, and none that depends on how the frames were cut into batches.
+        length = bucket(sum(map(len, parts)), 4)
+        x_FND, first = jnp.zeros((length, *parts[0].shape[1:]), parts[0].dtype), 0
+        for i, part in enumerate(parts):
+            x_FND = self._put(x_FND, part, np.int32(first))
+            parts[i] = None  # lets its memory go
+            first += len(part)
         groups = np.full(length, -1, np.int32)
         groups[:count] = config.reduction.frame_groups(count)
         room = bucket(int(groups.max()) + 1, 4)
-        tokens = self._reduced(self._loaded.weights.encoder, tuple(parts), segments, groups, room)
         real = config.visual_tokens(count)
-        return Visual(tokens, real, count, count * config.frame_tokens)
+        quota = kept_tokens(real, config.group_tokens, share)
+        keep = kept_tokens(room * config.group_tokens, config.group_tokens, share)
+        tokens = self._reduced(
+            self._loaded.weights.encoder, x_FND, _segments(count, length), groups,
+            np.int32(real), np.int32(quota), groups=room, keep=keep,
+        )  # fmt: skip
+        return Visual(tokens, quota, count, count * config.frame_tokens)

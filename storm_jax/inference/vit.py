@@ -55,7 +55,10 @@ def prepare(params: Params, config: VitConfig, dtype: jnp.dtype) -> tuple[Params
 
     @jax.jit
     def fold(index, blocks) -> VitLayer:
-        layer = jax.tree.map(lambda x: x[index].astype(jnp.float32), blocks)
+        # Whole: frames are split over all devices, heads and hidden units are not.
+        layer = jax.tree.map(
+            lambda x: sharding.shard(x[index].astype(jnp.float32), *[None] * (x.ndim - 1)), blocks
+        )
         one, two = layer["norm1"], layer["norm2"]
 
         def after(norm, linear):

@@ -95,7 +95,7 @@ def write(
                 name.hf.format(layer=layer),
                 name.to_hf(tensor).astype(dtype or tensor.dtype, copy=False),
             )
-        del parameter, tensor  # else they stay while the next one is read
+        parameter = tensor = None  # else they stay while the next one is read
     files = writer.finish()
 
     dtypes = {own.name for _, own in announced.values()}

@@ -37,6 +37,20 @@ def reduce_tokens(
     return reshape(mean.astype(x_BFND.dtype), B, groups * N, D)
 
 
+def group_sums(
+    x_BFND: jax.Array, frame_groups_BF: jax.Array, groups: int, spatial_pool: int
+) -> jax.Array:
+    """The sums whose means `reduce_tokens` returns, for groups whose frames come bit by bit.
+
+    Args: as `reduce_tokens`.
+
+    Returns:
+      float32 [B, T, N / spatial_pool^2, D].
+    """
+    x_BFND = sharding.shard(_pool_cells(x_BFND, spatial_pool), "batch", None, None, None)
+    return _sums(x_BFND, frame_groups_BF, jnp.arange(groups)[None])
+
+
 def reduce_into(
     text_BSD: jax.Array,
     x_BFND: jax.Array,
@@ -120,14 +134,18 @@ def _means(x_BFND, groups_BF, all_groups_BF, wanted_BT) -> jax.Array:
       all_groups_BF: of the whole row: a mean is over all frames of a group.
       wanted_BT: int32, [1, T] where it is the same in all rows.
     """
+    total = _sums(x_BFND, groups_BF, wanted_BT)
+    count = jnp.sum(all_groups_BF[:, None] == wanted_BT[:, :, None], axis=-1)
+    return total / jnp.maximum(count, 1)[:, :, None, None]
+
+
+def _sums(x_BFND, groups_BF, wanted_BT) -> jax.Array:
     # A product with zeros and ones is exact in any dtype.
     members = groups_BF[:, None] == wanted_BT[:, :, None]
-    total = jnp.einsum(
+    return jnp.einsum(
         "BTF,BFND->BTND",
         members.astype(x_BFND.dtype),
         x_BFND,
         preferred_element_type=jnp.float32,
         precision="highest",
     )
-    count = jnp.sum(all_groups_BF[:, None] == wanted_BT[:, :, None], axis=-1)
-    return total / jnp.maximum(count, 1)[:, :, None, None]

@@ -23,20 +23,26 @@ def videos(tmp_path_factory) -> Path:
     return folder
 
 
+def command_environment() -> dict[str, str]:
+    """Of a command on one simulated device, which is compiled quickly."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(QUICK),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+    }
+
+
 class Command:
     """Runs `python -m storm_jax.NAME` in the repository's root on one simulated device."""
 
-    def __init__(self, name: str, *arguments: str):
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": " ".join(QUICK),
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-        }
+    def __init__(self, name: str, *arguments: str, stdin=None):
+        """`stdin` is that of `subprocess.Popen`."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"storm_jax.{name}", *arguments],
             cwd=ROOT,
-            env=environment,
+            env=command_environment(),
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

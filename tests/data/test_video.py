@@ -12,7 +12,15 @@ import pytest
 from storm_jax.config import FrameConfig
 from storm_jax.data.container import VideoReader
 from storm_jax.data.records import Media
-from storm_jax.data.video import MediaError, decode, frame_count, probe, sample, spread
+from storm_jax.data.video import (
+    MediaError,
+    SampledMedium,
+    decode,
+    frame_count,
+    probe,
+    sample,
+    spread,
+)
 from tests.data.media_files import (
     blank_png,
     cut_edit_list,
@@ -475,6 +483,31 @@ def images(folder):
         write(path / f"c01_{i}.png", 1, codec="png", format="image2", pix_fmt="rgb24", number=i)
     (path / "notes.txt").write_text("no image")
     return path
+
+
+@pytest.mark.parametrize("keyframes_only", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_frames_do_not_depend_on_the_stretch(file, name, keyframes_only):
+    media = Media("video", str(file(name)))
+    policy = FrameConfig(30, keyframes_only=keyframes_only)
+    whole, real = sample(media, policy, 24)
+    for first in range(0, len(whole), 7):
+        with SampledMedium(media, policy, 24) as medium:
+            assert len(medium.times) == len(whole)
+            for start in (first, first + 3):
+                frames, times = medium.read(start, start + 3)
+                np.testing.assert_array_equal(frames, whole[start : start + 3])
+                np.testing.assert_array_equal(times, real[start : start + 3])
+                if start + 3 >= len(whole):
+                    break
+
+
+def test_stretches_must_ascend(file):
+    with SampledMedium(Media("video", str(file("h264.mp4"))), FrameConfig(30), 24) as medium:
+        medium.read(5, 9)
+        with pytest.raises(ValueError, match="frames from 8 on were asked for behind frame 8"):
+            medium.read(8, 12)
+        medium.read(9, 12)
 
 
 def test_frame_folder(images):

@@ -290,3 +290,42 @@ def test_values_out_of_range():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=name):
             Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_encoding_in_batches(direction):
+    """Any number of frames, cut in any way, against the whole video at once."""
+    vit = dict(frames_per_call=16)
+    case = Case("qwen2", temporal=dict(direction=direction), vit=vit)
+    encode = case.engine.encode
+    side = case.config.vit.image_size
+    video = np.random.default_rng(0).integers(0, 256, (37, side, side, 3), dtype=np.uint8)
+
+    @jax.jit
+    def whole(params, frames):
+        storm = case.model.bind(params)
+        groups = case.config.reduction.frame_groups(len(frames))
+        segments = jnp.zeros((1, len(frames)), jnp.int32)
+        return storm.encode(frames[None], segments, groups[None], int(groups.max()) + 1)[0]
+
+    for count, cuts in [(37, [37]), (37, [5, 1, 20, 11]), (16, [16]), (3, [2, 1]), (1, [1])]:
+        chunks = np.split(video[:count], np.cumsum(cuts)[:-1])
+        got = encode(iter(chunks))
+        expected = np.asarray(whole(case.params, video[:count]))
+        assert (got.count, got.frames) == (len(expected), count)
+        bound = 1e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(got.tokens[: got.count], expected, atol=bound, rtol=0)
+
+
+def test_lengths_that_share_a_program():
+    """Videos of other lengths compile nothing new once their bucket is known."""
+    case = Case("qwen2", vit=dict(frames_per_call=16))
+    side = case.config.vit.image_size
+    video = np.zeros((64, side, side, 3), np.uint8)
+    for count in (64, 49, 33, 9, 1):
+        case.engine.encode(video[:count])
+    encoder = case.engine.encode_frames
+    known = encoder._features._cache_size(), encoder._reduced._cache_size()
+    for count in (63, 61, 50, 58):
+        case.engine.encode(video[:count])
+    assert (encoder._features._cache_size(), encoder._reduced._cache_size()) == known

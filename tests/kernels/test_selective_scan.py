@@ -190,7 +190,7 @@ def test_random_calls(implementation, **drawn):
 
 @slow
 @each_fast
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @DRAWN
 def test_many_random_calls(implementation, **drawn):
     random_call(implementation, **drawn)

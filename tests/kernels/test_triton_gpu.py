@@ -102,13 +102,16 @@ def test_mamba_ssm(length, dtype, groups, optional):
 TILES = 300
 
 
-@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=exhaustive)])
+# In CI `test_units_that_follow_each_other` has these operands, and
+# `test_segments_that_meet_at_borders` these tiles.
+@pytest.mark.parametrize("reverse", [pytest.param(r, marks=exhaustive) for r in (False, True)])
 def test_two_tiles(reverse):
     case = inputs(1, length=TILES, state=16, groups=2, initial_state=True)
     scan_suite.compare(GPU, case, layout="bdl", reverse=reverse)
 
 
-@either_direction
+# The adjoint sweep of one direction goes the way of the forward sweep of the other.
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=exhaustive)])
 def test_units_that_follow_each_other(reverse, monkeypatch):
     # Short sequences are one unit; here a program takes one tile and waits for the one before.
     for name in ("forward_sweep", "adjoint_sweep"):

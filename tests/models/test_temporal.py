@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from transformers import MambaConfig
 
-from storm_jax.config import ConfigError, Remat, TemporalConfig
-from storm_jax.models.temporal import TemporalEncoder
+from storm_jax.config import ConfigError, MeshConfig, Remat, TemporalConfig
+from storm_jax.models.temporal import TemporalEncoder, empty_state
+from storm_jax.parallel.mesh import make_mesh
 from tests.compilation import FUSED
 from tests.models.references import temporal_encoder, temporal_params, with_params
 
@@ -251,3 +252,95 @@ def test_both_layouts_of_the_scan_give_the_same(direction, monkeypatch):
     got = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+# --------------------------------------------------------------------------- with a carried state
+
+
+@partial(jax.jit, static_argnums=0)
+def carry(temporal, params, x, segments, state):
+    module = with_params(lambda: TemporalEncoder(temporal, WIDTH, nnx.Rngs(0)), params)
+    return module.carry(x, segments, state)
+
+
+def in_chunks(temporal, params, x, rng, size=5):
+    """[B, F, N, D] through chunks of `size` frames, of which a random number are real.
+
+    Real frames and padding, which holds NaNs, stand in random order; rows are cut differently.
+    """
+    B, F = x.shape[:2]
+    state = empty_state(temporal, WIDTH, B, jnp.float32)
+    out, done = np.full_like(x, np.nan), np.zeros(B, int)
+    while (done < F).any():
+        real = np.zeros((B, size), bool)
+        chunk = np.full((B, size, *x.shape[2:]), np.nan, np.float32)
+        for b in range(B):
+            count = min(rng.integers(0, size + 1), F - done[b])
+            real[b, rng.permutation(size)[:count]] = True
+            chunk[b, real[b]] = x[b, done[b] : done[b] + count]
+        segments = np.where(real, rng.integers(0, 9, (B, 1)), -1).astype(np.int32)
+        got, state = carry(temporal, params, chunk, segments, state)
+        got = np.asarray(got)
+        np.testing.assert_array_equal(got[~real], chunk[~real])
+        for b in range(B):
+            count = real[b].sum()
+            out[b, done[b] : done[b] + count] = got[b][real[b]]
+            done[b] += count
+    return out, state
+
+
+@pytest.mark.parametrize("layout", ["bld", "bdl"])
+@pytest.mark.parametrize("conv", [1, CONV, 9])  # 9 taps look back over more than two frames
+def test_chunks_with_carried_state_are_the_whole_sequence(conv, layout, monkeypatch):
+    monkeypatch.setattr("storm_jax.models.temporal.preferred_layout", lambda x: layout)
+    temporal, params, x = (
+        config("forward", 2, conv),
+        random_params("forward", 2, conv),
+        tokens(3, 11),
+    )
+    rng = np.random.default_rng(conv)
+    segments = np.zeros(x.shape[:2], np.int32)
+    carry.clear_cache()  # of the other layout
+    expected = reference(x, segments, params)
+    whole = with_params(lambda: TemporalEncoder(temporal, WIDTH, nnx.Rngs(0)), params)(x, segments)
+    scale = np.abs(expected).max()
+    states = []
+    for _ in range(4):
+        out, state = in_chunks(temporal, params, x, rng)
+        for right in (whole, expected):
+            np.testing.assert_allclose(out, right, atol=1e-5 * scale, rtol=0)
+        states.append(state)
+    # However it was cut, the same is left behind.
+    for other in states[1:]:
+        for a, b in zip(other, states[0], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(scale, np.abs(b).max(initial=0)))
+    assert all(np.abs(a).max() > 1e-3 for a in states[0] if a.size)
+
+
+def test_padding_alone_leaves_the_state_as_it_is():
+    temporal, params = config("forward", 2), random_params("forward", 2)
+    _, state = carry(
+        temporal,
+        params,
+        tokens(2, 5),
+        np.zeros((2, 5), np.int32),
+        empty_state(temporal, WIDTH, 2, jnp.float32),
+    )
+    nothing = np.full((2, 5, TOKENS, WIDTH), np.nan, np.float32)
+    _, after = carry(temporal, params, nothing, np.full((2, 5), -1, np.int32), state)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_carried_state_over_a_mesh():
+    temporal, params, x = config("forward", 2), random_params("forward", 2), tokens(2, 10)
+    expected, _ = in_chunks(temporal, params, x, np.random.default_rng(0))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, seq=2))
+    with jax.set_mesh(mesh):
+        got, state = in_chunks(temporal, params, x, np.random.default_rng(0))
+    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+    assert "tensor" in str(state.scan.sharding.spec)
+
+
+def test_both_directions_cannot_be_carried():
+    with pytest.raises(ConfigError, match=r"direction='bidirectional'.*\"forward\""):
+        empty_state(config("bidirectional"), WIDTH, 1, jnp.float32)

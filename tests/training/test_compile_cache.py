@@ -1,9 +1,10 @@
 """Compiled programs are found again by a second process."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.compilation import without_shared_cache
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -22,7 +23,7 @@ print(events.count("/jax/compilation_cache/cache_hits"))
 def hits(folder: Path, **variables: str) -> int:
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(folder)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **variables},
+        env={**without_shared_cache(), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **variables},
         capture_output=True,
         text=True,
     )

@@ -16,6 +16,8 @@ from storm_jax.training.state import abstract_state, init_state
 from storm_jax.training.step import gradient_names, make_train_step
 from tests.tiny import packed_batch, run_config
 
+slow = pytest.mark.slow
+exhaustive = (slow, pytest.mark.exhaustive)
 SCALE = jax.tree_util.DictKey("scale")
 SMALL = {"model.decoder.layers": 1, "train.steps": 4, "train.optimizer.warmup_fraction": 0.0}
 
@@ -86,12 +88,18 @@ def test_loss_is_the_mean_over_answer_tokens(one_device):
     assert abs(metrics["nll"] - np.log(512)) < 1
 
 
-@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1), (8, 1, 1)])
+@pytest.mark.parametrize(
+    "axes",
+    [(2, 2, 2), pytest.param((1, 8, 1), marks=slow), pytest.param((8, 1, 1), marks=exhaustive)],
+)
 def test_meshes_give_the_loss_of_one_device(one_device, axes):
     assert_same(run({}, MeshConfig(*axes), devices=8), one_device, rtol=1e-5)
 
 
-def test_more_tensor_devices_than_kv_heads(one_device):
+# In CI tests/parallel/test_sharding.py has the loss and the gradients of such a model.
+@slow
+@pytest.mark.exhaustive
+def test_more_tensor_devices_than_kv_heads():
     overrides = {"model.decoder.kv_heads": 1}
     single = run(overrides, MeshConfig(1, 1, 1), devices=1)
     assert_same(run(overrides, MeshConfig(2, 1, 4), devices=8), single, rtol=1e-5)
@@ -102,23 +110,32 @@ def test_accumulation_gives_the_loss_of_the_whole_batch():
     whole = run({}, MeshConfig(1, 1, 1), devices=1, targets=3)
     cut = run({"train.accumulation": 4}, MeshConfig(1, 1, 1), devices=1, targets=3)
     assert_same(cut, whole, rtol=1e-5)
-    both = run({"train.accumulation": 4}, MeshConfig(2, 1, 1), devices=2, targets=3)
-    assert_same(both, whole, rtol=1e-5)
-    # Frames of a microbatch stay split over seq.
-    split = run({"train.accumulation": 2}, MeshConfig(data=2, seq=2), devices=4, targets=3)
+    # Rows of a microbatch stay split over data, its frames over seq.
+    split = run({"train.accumulation": 4}, MeshConfig(data=2, seq=2), devices=4, targets=3)
     assert_same(split, whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ("dots", "names", "full", "offload"))
+# Tests of the models have "dots" and "full".
+@pytest.mark.parametrize(
+    "remat",
+    (pytest.param("dots", marks=exhaustive), "names", pytest.param("full", marks=slow), "offload"),
+)
 def test_remat_changes_nothing(one_device, remat):
     changes = {f"train.remat.{part}.policy": remat for part in ("vit", "temporal", "decoder")}
     changes |= {f"train.remat.{part}.saved": SAVED_NAMES for part in ("vit", "temporal", "decoder")}
     assert_same(run(changes, MeshConfig(1, 1, 1), devices=1), one_device, rtol=1e-6)
 
 
+# One program for two tests: neither option changes what the other is about.
+FROZEN_WITH_Z_LOSS = {
+    "train.optimizer.rates.vit": 0.0,
+    "train.optimizer.rates.decoder": 0.0,
+    "train.z_loss": 0.01,
+}
+
+
 def test_frozen_parts_stay_and_the_rest_moves():
-    rates = {"train.optimizer.rates.vit": 0.0, "train.optimizer.rates.decoder": 0.0}
-    before, after, _ = run(rates, MeshConfig(1, 1, 1), devices=1)
+    before, after, _ = run(FROZEN_WITH_Z_LOSS, MeshConfig(1, 1, 1), devices=1)
     for part in before:
         same = jax.tree.leaves(jax.tree.map(np.array_equal, before[part], after[part]))
         if part in ("vit", "decoder"):
@@ -172,7 +189,7 @@ def test_updates_that_are_not_finite_are_skipped_if_asked(one_device):
 
 def test_z_loss_is_added(one_device):
     plain = one_device[2][0]
-    with_z = run({"train.z_loss": 0.01}, MeshConfig(1, 1, 1), devices=1, steps=1)[2][0]
+    with_z = run(FROZEN_WITH_Z_LOSS, MeshConfig(1, 1, 1), devices=1, steps=1)[2][0]
     assert with_z["nll"] == pytest.approx(plain["nll"], rel=1e-6)
     # log(Z) of an untrained model is near log(512) = 6.2
     assert 0.3 < with_z["loss"] - with_z["nll"] < 0.5

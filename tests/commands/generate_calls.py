@@ -1,0 +1,32 @@
+"""Calls `storm_jax.generate` many times in one process, which imports everything once.
+
+Standard input is a JSON list of {"arguments": [...], "input": text}; standard output gets a JSON
+list of [exit status, standard output, standard error].
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+
+from absl import flags
+
+from storm_jax import generate
+
+calls = json.load(sys.stdin)
+results = []
+for call in calls:
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    out, err = io.StringIO(), io.StringIO()
+    sys.stdin = io.StringIO(call["input"])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = generate.main(generate.parse(["generate", *call["arguments"]]))
+        except SystemExit as end:
+            status = end.code
+    results.append([status, out.getvalue(), err.getvalue()])
+json.dump(results, sys.stdout)
+sys.stdout.flush()
+os._exit(0)
