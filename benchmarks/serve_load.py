@@ -254,6 +254,7 @@ def serve(arguments: argparse.Namespace) -> None:
         max_frames=config.data.frames.max_frames,
         max_requests=2 * arguments.clients,
         decoders=arguments.decoders,
+        cache_bytes=arguments.cache_mb << 20,
     )
     server = Server(
         settings,
@@ -292,6 +293,7 @@ def main() -> None:
     parser.add_argument("--size", default="", help="start a server with random weights of it")
     parser.add_argument("--slots", type=int, default=64, help="of that server")
     parser.add_argument("--decoders", type=int, default=8, help="of that server")
+    parser.add_argument("--cache_mb", type=int, default=1024, help="of that server")
     parser.add_argument("--quantization", default="", choices=("", "int8", "fp8"))
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--clients", type=int, default=64)

@@ -96,15 +96,23 @@ class MediaReader:
                 )
             urls = tuple(urls[i] for i in video.spread(len(urls), frames))
         files, hashes = [], []
+        room = self._settings.max_media_bytes
         try:
             for url in urls:
                 file = await self._open(url, source)
+                if source.frames or source.kind == "image":
+                    # Read at once: hundreds of frames would be as many open files.
+                    file = await self._blocking(lambda file=file, most=room: _read(file, most))
+                    room -= len(file)
+                    if room < 0:
+                        raise self._too_large(source.where)
                 files.append(file)
                 hashes.append(await self._blocking(lambda file=file: self._hash(file)))
         except BaseException:
             Fetched(source, tuple(files), frames, None).close()
             raise
-        key = source.kind, source.frames, source.start, source.end, frames, *hashes
+        shown = frames if source.kind == "video" else 1
+        key = source.kind, source.frames, source.start, source.end, shown, *hashes
         return Fetched(source, tuple(files), frames, key)
 
     async def decode(self, fetched: Fetched) -> np.ndarray:
@@ -123,19 +131,12 @@ class MediaReader:
     # ---------------------------------------------------------------------------------- fetching
 
     async def _open(self, url: str, source: Source) -> bytes | BinaryIO:
-        where, limit = source.where, self._settings.max_media_bytes
+        where = source.where
         scheme = url[:16].partition(":")[0].lower()
         if scheme == "data":
-            return await self._blocking(lambda: _from_data_url(url, where, limit))
+            return await self._blocking(lambda: self._from_data_url(url, where))
         if scheme == "file":
-            file = self._local.open(url, where)
-            size = os.fstat(file.fileno()).st_size
-            if size > limit and (source.frames or source.kind == "image"):  # these are read whole
-                file.close()
-                raise ApiError(
-                    413, f"{where}: is larger than {limit} bytes", "media_too_large", where
-                )
-            return file
+            return self._local.open(url, where)
         if scheme in ("http", "https"):
             if self._remote is None:
                 raise ApiError(
@@ -147,6 +148,25 @@ class MediaReader:
                 )
             return await self._remote.fetch(url, where)
         raise invalid(f"{where}: a URL starts with data:, file:, http: or https:", where)
+
+    def _from_data_url(self, url: str, where: str) -> bytes:
+        limit = self._settings.max_media_bytes
+        head, comma, data = url.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise invalid(f"{where}: a data: URL reads data:TYPE;base64,DATA", where)
+        if len(data) * 3 // 4 > limit + 2:  # padding may take two bytes away
+            raise self._too_large(where)
+        try:
+            decoded = binascii.a2b_base64(data, strict_mode=True)
+        except ValueError as error:  # also of characters that are not ASCII
+            raise invalid(f"{where}: its base64 cannot be read: {error}", where) from error
+        if len(decoded) > limit:
+            raise self._too_large(where)
+        return decoded
+
+    def _too_large(self, where: str) -> ApiError:
+        limit = self._settings.max_media_bytes
+        return ApiError(413, f"{where}: is larger than {limit} bytes", "media_too_large", where)
 
     def _hash(self, file: bytes | BinaryIO) -> bytes:
         if isinstance(file, bytes):
@@ -188,17 +208,9 @@ class MediaReader:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
 
-def _from_data_url(url: str, where: str, limit: int) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise invalid(f"{where}: a data: URL reads data:TYPE;base64,DATA", where)
-    too_large = ApiError(413, f"{where}: is larger than {limit} bytes", "media_too_large", where)
-    if len(data) * 3 // 4 > limit + 2:  # padding may take two bytes away
-        raise too_large
-    try:
-        decoded = binascii.a2b_base64(data, strict_mode=True)
-    except ValueError as error:  # also of characters that are not ASCII
-        raise invalid(f"{where}: its base64 cannot be read: {error}", where) from error
-    if len(decoded) > limit:
-        raise too_large
-    return decoded
+def _read(file: bytes | BinaryIO, most: int) -> bytes:
+    """What is in a file, but not much more than `most` bytes; closes it."""
+    if isinstance(file, bytes):
+        return file
+    with file:
+        return file.read(most + 1)

@@ -8,12 +8,18 @@ from typing import Any
 from storm_jax.inference.prefill import Visual
 from storm_jax.serving.metrics import Metrics
 
+_OVERHEAD = 16 << 10  # bytes of host memory that an array and its entry take, about
+
 
 class VisualCache:
     """Least recently used media go first. All calls come from the thread of one event loop."""
 
     def __init__(self, max_bytes: int, metrics: Metrics):
-        """`max_bytes` counts the tokens' arrays; a medium in use may outlive its place here."""
+        """
+        Args:
+          max_bytes: of tokens, and of what keeping each medium takes besides. A medium in use may
+            outlive its place here.
+        """
         self._max_bytes, self._metrics = max_bytes, metrics
         self._kept: OrderedDict[Hashable, Visual] = OrderedDict()
         self._bytes = 0
@@ -50,10 +56,10 @@ class VisualCache:
     async def _make(self, key: Hashable, make: Callable[[], Coroutine[Any, Any, Visual]]) -> Visual:
         visual = await make()
         self._kept[key] = visual
-        self._bytes += visual.tokens.nbytes
+        self._bytes += visual.tokens.nbytes + _OVERHEAD
         while self._bytes > self._max_bytes:
             _, old = self._kept.popitem(last=False)
-            self._bytes -= old.tokens.nbytes
+            self._bytes -= old.tokens.nbytes + _OVERHEAD
         self._metrics.cache_bytes.set(self._bytes)
         self._metrics.cache_entries.set(len(self._kept))
         return visual

@@ -179,6 +179,8 @@ def test_sizes(served):
     error = refused(served.ask(video(data_url(bytes(limit + 1)))), 413)
     assert error["code"] == "media_too_large" and str(limit) in error["message"]
     assert refused(served.ask(video(data_url(bytes(limit)))))["code"] == "invalid_media"
+    half = data_url(bytes(limit * 5 // 8), "image/png")  # of a list of frames all count together
+    refused(served.ask({"type": "video", "video": [half, half]}), 413)
     body = b'{"model": "' + b"x" * SETTINGS.max_body_bytes + b'"}'
     answer = served.client.post("/v1/chat/completions", content=body, headers=JSON)
     assert refused(answer, 413)["code"] == "request_too_large"

@@ -9,7 +9,7 @@ pytest.importorskip("prometheus_client")
 
 from storm_jax.inference.prefill import Visual
 from storm_jax.serving.metrics import Metrics
-from storm_jax.serving.visual_cache import VisualCache
+from storm_jax.serving.visual_cache import _OVERHEAD, VisualCache
 
 
 def medium(kilobytes: int) -> Visual:
@@ -29,7 +29,8 @@ def maker(visual, made: list, seconds=0.0):
 
 def test_least_recently_used_go_first():
     async def run():
-        cache, made, media = VisualCache(10 << 10, Metrics()), [], {}
+        room = (10 << 10) + 3 * _OVERHEAD  # 10 kB of tokens in three media
+        cache, made, media = VisualCache(room, Metrics()), [], {}
         for key in "abc":
             media[key] = medium(3)
             assert await cache.get(key, maker(media[key], made)) == (media[key], False)
@@ -40,7 +41,7 @@ def test_least_recently_used_go_first():
         assert len(made) == 4
         assert not (await cache.get("b", maker(media["b"], made)))[1]
         # One that is larger than all leaves nothing, and is returned all the same.
-        huge = medium(11)
+        huge = medium(60)
         assert await cache.get("huge", maker(huge, made)) == (huge, False)
         assert await cache.get("huge", maker(huge, made)) == (huge, False)
         assert not (await cache.get("a", maker(media["a"], made)))[1]
