@@ -117,13 +117,13 @@ def measure(loaded, case: tuple[int, int, int], args) -> dict:
             engine.release(slot)
         slots = [engine.admit(tokens, media, wish) for _ in range(args.slots)]
         times = []
-        np.asarray(engine._rows.token)
+        engine.step()  # the first tokens
         while True:
             began = time.perf_counter()
             progress = engine.step()
             if any(p.finish for p in progress):
                 break
-            made = len(progress[0].tokens) - (not times)
+            made = len(progress[0].tokens)
             times.append(1000 * (time.perf_counter() - began) / made)
         for slot in slots:
             engine.release(slot)

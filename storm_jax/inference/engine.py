@@ -193,14 +193,23 @@ class Engine:
         self._start(slot, state.length + n)
 
     def step(self) -> list[Progress]:
-        """Adds a few tokens to every answer; an entry for each that is being made.
+        """Adds tokens to the answers that are being made; an entry for each that grew or ended.
 
-        With a free slot it returns after `STEPS` steps, else as soon as an answer ends.
+        Answers whose first token was chosen since the last call give that one alone, at once. Else
+        all grow by up to `STEPS` tokens; if no slot is free, by fewer as soon as one ends.
         """
         active = {slot: state for slot, state in self._slots.items() if state.running}
         if not active:
             return []
-        first = np.asarray(self._rows.token)
+        if fresh := {slot: state for slot, state in active.items() if state.first}:
+            rows = self._rows
+            token, running, stopped = jax.device_get((rows.token, rows.running, rows.stopped))
+            progress = []
+            for slot, state in fresh.items():
+                state.first = False
+                tokens = [] if stopped[slot] else [int(token[slot])]
+                progress.append(self._progress(slot, state, tokens, running[slot], stopped[slot]))
+            return progress
         with jax.set_mesh(self.loaded.mesh):
             self._cache, self._rows, news = self._run(
                 self.loaded.weights, self._cache, self._rows, np.bool_(not self._free)
@@ -209,22 +218,17 @@ class Engine:
         progress = []
         for slot, state in active.items():
             tokens = [int(t) for t in out[slot] if t >= 0]
-            if state.first:
-                # Chosen by `admit`; -1 where that was a stop token.
-                state.first = False
-                if not (stopped[slot] and not tokens and position[slot] == state.length):
-                    tokens.insert(0, int(first[slot]))
-            finish: Literal["", "stop", "length"] = ""
-            if not running[slot]:
-                finish = "stop" if stopped[slot] else "length"
-            state.running = bool(running[slot])
-            if tokens:
-                state.behind = [tokens[-1]]
-            if finish == "stop":
-                state.behind = []
             state.length = int(position[slot])
-            progress.append(Progress(slot, tokens, finish))
+            progress.append(self._progress(slot, state, tokens, running[slot], stopped[slot]))
         return progress
+
+    def _progress(self, slot: int, state: _Slot, tokens: list[int], running, stopped) -> Progress:
+        state.running = bool(running)
+        if tokens:
+            state.behind = tokens[-1:]
+        if stopped:  # what came before the stop token was computed to find it
+            state.behind = []
+        return Progress(slot, tokens, "" if running else "stop" if stopped else "length")
 
     def release(self, slot: int) -> None:
         """Frees a slot, also in the middle of an answer."""
