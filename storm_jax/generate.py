@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from storm_jax import checkpoint
+from storm_jax import answer_flags, cache_flag, checkpoint
 from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data import subtitles, text
 from storm_jax.data.conversation import Media
@@ -42,7 +42,6 @@ from storm_jax.inference.options import Options, TokensKept
 from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.tokenizer import load_tokenizer
-from storm_jax.training import compile_cache
 
 if TYPE_CHECKING:  # takes a second to import: mistakes in flags are told before
     from transformers import PreTrainedTokenizerFast
@@ -67,21 +66,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print each answer as a JSON object on 
 _CONTEXT = flags.DEFINE_integer(
     "context", 0, "Tokens of the whole conversation; 0: as the media and a row of training need.", 0
 )
-_CACHE = flags.DEFINE_string(
-    "compile_cache",
-    os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "storm_jax", "compiled"),
-    "Folder of compiled programs.",
-)
 _DECODERS = flags.DEFINE_integer("decoders", 0, "Decoding processes; 0: one for each core.", 0)
-# What decoding may do, see `inference.sampling.Sampling`.
-_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 always takes the best token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among so many best tokens; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Choose among the best that add to this probability.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Least probability, as a share of the best token's.")
-_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Of tokens that are there; 1: none.")
-_STOP = flags.DEFINE_multi_string("stop", [], "The answer ends before this text.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of random choices.")
 # What is left out of a video, see `inference.options.Options`.
 _FRAMES = flags.DEFINE_integer("frames", 0, "Frames taken from a video; 0: as in training.")
 _SAMPLING = flags.DEFINE_integer(
@@ -205,23 +190,21 @@ def room_for(config: RunConfig, media: list[Medium]) -> int:
     further = len(media) - 1  # a row of training is one medium and its text
     visual = config.model.visual_tokens(config.data.frames.max_frames)
     text = CHAT_TOKENS if _PROMPT.value is None else 0
-    subtitles = sum(len(line) + 1 for medium in media for line in medium.lines)  # a token is longer
-    return config.data.sequence_length + further * visual + text + subtitles + _NEW_TOKENS.value
+    # A token is longer than a character.
+    subtitles = sum(len(line) + 1 for medium in media for line in medium.lines)
+    return (
+        config.data.sequence_length
+        + further * visual
+        + text
+        + subtitles
+        + answer_flags.NEW_TOKENS.value
+    )
 
 
-def sampling_of_flags(stop_tokens: tuple[int, ...] = ()) -> Sampling:
+def requested_sampling(stop_tokens: tuple[int, ...] = ()) -> Sampling:
     """What decoding may do."""
     try:
-        return Sampling(
-            max_new_tokens=_NEW_TOKENS.value,
-            repetition_penalty=_PENALTY.value,
-            temperature=_TEMPERATURE.value,
-            top_k=_TOP_K.value,
-            top_p=_TOP_P.value,
-            min_p=_MIN_P.value,
-            seed=_SEED.value,
-            stop_tokens=stop_tokens,
-        )
+        return answer_flags.sampling(stop_tokens)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
 
@@ -245,18 +228,17 @@ def configured() -> tuple[RunConfig, Options]:
 
 def run() -> None:
     """Does what the flags ask for."""
-    sampling_of_flags()
+    requested_sampling()
     config, options = configured()
     media = requested_media()
     if _PROMPT.value is not None:
         opening(_PROMPT.value, media)  # refuses before anything is decoded
-    if _CACHE.value:
-        compile_cache.enable(os.path.expanduser(_CACHE.value))
+    cache_flag.keep_programs()
     with contextlib.closing(CompileNotice()) as notice:
         summary = Summary(notice)
         engine, tokenizer, encoded = encoded_media(config, options, media, summary)
-        sampling = sampling_of_flags(text.stop_tokens(tokenizer, config.data.chat_template))
-        conversation = Conversation(engine, tokenizer, sampling, _STOP.value)
+        sampling = requested_sampling(text.stop_tokens(tokenizer, config.data.chat_template))
+        conversation = Conversation(engine, tokenizer, sampling, answer_flags.STOP.value)
         further = False
         for question in questions():
             with summary.timed("prefill"):

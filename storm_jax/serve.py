@@ -18,7 +18,7 @@ from typing import cast
 import jax
 from absl import app, flags
 
-from storm_jax import checkpoint
+from storm_jax import cache_flag, checkpoint
 from storm_jax.config import ConfigError
 from storm_jax.data import text
 from storm_jax.inference.engine import ContextError
@@ -116,6 +116,7 @@ def run() -> None:
         ) from error
     began = time.perf_counter()
     listening = bound(_HOST.value, _PORT.value)  # first, for it costs nothing to fail here
+    cache_flag.keep_programs()
     loaded = load(_CHECKPOINT.value, quantization=cast(Quantization, _QUANTIZATION.value))
     config = loaded.config
     options = Options(frames=_FRAMES.value, temporal_sampling=_SAMPLING.value)

@@ -24,14 +24,13 @@ from dataclasses import dataclass
 
 from absl import app, flags, logging
 
-from storm_jax import checkpoint
+from storm_jax import answer_flags, cache_flag, checkpoint
 from storm_jax.config import ConfigError
 from storm_jax.data import live, text
 from storm_jax.data.container import MediaError
 from storm_jax.inference.history import POLICIES
 from storm_jax.inference.load import load
 from storm_jax.inference.questions import Questions
-from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.streaming import Stream
 from storm_jax.inference.tokenizer import load_tokenizer
 from storm_jax.inference.watching import (
@@ -44,7 +43,6 @@ from storm_jax.inference.watching import (
     TooLong,
     Watch,
 )
-from storm_jax.training import compile_cache
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
@@ -80,21 +78,8 @@ _ASK = flags.DEFINE_multi_string(
     "ask", [], 'SECONDS:QUESTION, asked when the stream is there; "inf:..." at its end.'
 )
 _ASK_EVERY = flags.DEFINE_float("ask_every", 0.0, "Ask each --ask again after so long, s.", 0.0)
-_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", 1)
 _QUESTION_TOKENS = flags.DEFINE_integer(
     "question_tokens", 512, "Room for a question and the template around it, tokens.", 16
-)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 always takes the best token.", 0.0)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among so many best tokens; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Of the best tokens whose probabilities add to this.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Of tokens this times as probable as the best one.")
-_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Lowers scores of known tokens; 1: off.")
-_STOP = flags.DEFINE_multi_string("stop", [], "An answer ends before this text.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of random choices.")
-_CACHE = flags.DEFINE_string(
-    "compile_cache",
-    os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "storm_jax", "compiled"),
-    'Folder of compiled programs; "": none.',
 )
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a line instead of text.")
 
@@ -249,20 +234,11 @@ def run() -> int:
     if piped and not asks:
         raise usage("--source=- leaves no place to type a question: use --ask")
     try:
-        sampling = Sampling(
-            max_new_tokens=_NEW_TOKENS.value,
-            repetition_penalty=_PENALTY.value,
-            temperature=_TEMPERATURE.value,
-            top_k=_TOP_K.value,
-            top_p=_TOP_P.value,
-            min_p=_MIN_P.value,
-            seed=_SEED.value,
-        )
+        sampling = answer_flags.sampling()
     except ValueError as error:
         raise usage(f"--{error}") from error
     source = open_source(checkpoint.read_config(_CHECKPOINT.value).model.vit.image_size)
-    if _CACHE.value:
-        compile_cache.enable(os.path.expanduser(_CACHE.value))
+    cache_flag.keep_programs()
     loaded = load(_CHECKPOINT.value)
     tokenizer = load_tokenizer(_CHECKPOINT.value, loaded.config)
     stream = Stream(loaded, budget=_BUDGET.value, policy=_POLICY.value, batch=_BATCH.value)
@@ -272,7 +248,7 @@ def run() -> int:
         stream,
         tokenizer,
         sampling,
-        stop_strings=_STOP.value,
+        stop_strings=answer_flags.STOP.value,
         question_tokens=_QUESTION_TOKENS.value,
         tell=printer,
     )

@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "models": {"config", "parallel"},
     "data": {"config", "frames"},
     "chips": set(),
+    "answer_flags": {"inference"},
+    "cache_flag": {"training"},
     "flops": {"chips", "config", "models"},
     "workdir": {"config", "parallel"},
     "metrics": {"workdir"},

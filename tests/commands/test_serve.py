@@ -40,7 +40,7 @@ class Started(Command):
     """`storm_jax.serve` until it says where it listens."""
 
     def __init__(self, *arguments):
-        super().__init__("serve", *arguments)
+        super().__init__("serve", "--compile_cache=", *arguments)
         self.lines: list[str] = []
         self._listening = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
@@ -138,7 +138,9 @@ def test_mistakes(saved, tmp_path):
             ((f"--checkpoint={tmp_path}",), "no checkpoint at"),
             ((f"--checkpoint={saved}", f"--port={port}"), f"--port={port}: Address already in use"),
         ]
-        commands = [(Command("serve", *arguments), said) for arguments, said in wrong]
+        commands = [
+            (Command("serve", "--compile_cache=", *arguments), said) for arguments, said in wrong
+        ]
         for command, said in commands:
             status, _, err = command.finish()
             assert status == 1 and said in err and "Traceback" not in err
