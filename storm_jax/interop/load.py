@@ -138,7 +138,7 @@ def load_part(
             try:
                 return name.to_ours(tensor, shape)
             except ValueError as error:
-                raise WeightsError(f"{weights.folder}: {hf}: {error}") from error
+                raise WeightsError(f"{weights.folder}: {hf} {error}") from error
 
         filling = Filling(leaf, name.stacked)
         for layer in range(leaf.shape[0] if name.stacked else 1):

@@ -64,7 +64,7 @@ class Name:
         """
         wanted = self.hf_shape(shape)
         if array.shape != wanted:
-            raise ValueError(f"{self.hf} has shape {array.shape}, this model needs {wanted}")
+            raise ValueError(f"has shape {array.shape}, this model needs {wanted}")
         if self.form in ("linear", "taps"):
             array = array.T
         elif self.form == "patches":
