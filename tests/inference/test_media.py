@@ -262,7 +262,7 @@ def test_a_worker_that_hangs_is_killed(tmp_path, video, monkeypatch):
 
 
 def test_a_worker_that_crashes_is_replaced(video):
-    with Decoders(1) as pool:
+    with Decoders(1, ahead_bytes=0) as pool:  # what follows is not begun before it is asked for
         frames = pool.sample(Media("video", video), FrameConfig(COUNT), SIZE, chunk=4)
         next(frames)
         (pid,) = pool.process_ids

@@ -27,7 +27,9 @@ class Running:
     def __init__(self, server: Server, port: int):
         self.server, self.url = server, f"http://127.0.0.1:{port}"
         self.port = port
-        self.client = httpx2.Client(base_url=self.url, timeout=60, trust_env=False)
+        # A connection that is kept may be closed by the server while it is used again.
+        once = httpx2.Limits(max_keepalive_connections=0)
+        self.client = httpx2.Client(base_url=self.url, timeout=60, trust_env=False, limits=once)
 
     def post(self, body: dict, **options) -> httpx2.Response:
         return self.client.post("/v1/chat/completions", json=body, **options)
