@@ -14,6 +14,7 @@ from absl import flags
 
 from storm_jax import generate
 
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # as the command does
 calls = json.load(sys.stdin)
 results = []
 for call in calls:
