@@ -43,12 +43,6 @@ def empty_cache(config: DecoderConfig, rows: int, context: int, dtype: jnp.dtype
     return tuple(layer(index) for index in range(config.layers))
 
 
-def bytes_a_row(config: DecoderConfig, context: int, dtype: jnp.dtype) -> int:
-    """Memory of one row's cache."""
-    cache = jax.eval_shape(lambda: empty_cache(config, 1, context, dtype))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-
-
 def held_positions(slots: int, filled: jax.Array) -> jax.Array:
     """The position that each slot holds of a sequence of `filled` tokens, int32 [T]; < 0: none."""
     last = filled - 1
