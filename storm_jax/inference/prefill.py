@@ -27,7 +27,8 @@ from storm_jax.parallel.frames import spread
 from storm_jax.parallel.sharding import reshape
 
 _FRAMES_PER_CALL = 64  # where the configuration names no number
-_FEW = 8  # frames of a call for what is left over
+# Frames of a call for what is left over: 32 for more than 24 frames, 8 for more than one.
+_LEFT_OVER = ((24, 32), (1, 8), (0, 1))
 AS_TRAINED = Options()
 
 
@@ -163,8 +164,9 @@ class Encoder:
             at = 0
             while len(frames) - at >= self._per_call or (chunk is None and at < len(frames)):
                 left = len(frames) - at
-                size = self._per_call if left >= self._per_call else min(_FEW, self._per_call)
-                size = 1 if left == 1 else size
+                size = self._per_call
+                if left < size:
+                    size = min(size, next(few for more, few in _LEFT_OVER if left > more))
                 batch = frames[at : at + size]
                 padding = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
                 yield (np.concatenate([batch, padding]) if len(padding) else batch), len(batch)

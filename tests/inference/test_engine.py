@@ -292,10 +292,12 @@ def test_values_out_of_range():
             Sampling(**{name: value})
 
 
-@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
-def test_encoding_in_batches(direction):
+@pytest.mark.parametrize(
+    ("direction", "per_call"), [("forward", 16), ("bidirectional", 16), ("forward", 40)]
+)
+def test_encoding_in_batches(direction, per_call):
     """Any number of frames, cut in any way, against the whole video at once."""
-    vit = dict(frames_per_call=16)
+    vit = dict(frames_per_call=per_call)
     case = Case("qwen2", temporal=dict(direction=direction), vit=vit)
     encode = case.engine.encode
     side = case.config.vit.image_size
@@ -308,7 +310,7 @@ def test_encoding_in_batches(direction):
         segments = jnp.zeros((1, len(frames)), jnp.int32)
         return storm.encode(frames[None], segments, groups[None], int(groups.max()) + 1)[0]
 
-    for count, cuts in [(37, [37]), (37, [5, 1, 20, 11]), (16, [16]), (3, [2, 1]), (1, [1])]:
+    for count, cuts in [(37, [37]), (37, [5, 1, 20, 11]), (27, [27]), (16, [16]), (3, [2, 1]), (1, [1])]:
         chunks = np.split(video[:count], np.cumsum(cuts)[:-1])
         got = encode(iter(chunks))
         expected = np.asarray(whole(case.params, video[:count]))
