@@ -310,7 +310,9 @@ def test_encoding_in_batches(direction, per_call):
         segments = jnp.zeros((1, len(frames)), jnp.int32)
         return storm.encode(frames[None], segments, groups[None], int(groups.max()) + 1)[0]
 
-    for count, cuts in [(37, [37]), (37, [5, 1, 20, 11]), (27, [27]), (16, [16]), (3, [2, 1]), (1, [1])]:
+    for count, cuts in [
+        (37, [37]), (37, [5, 1, 20, 11]), (27, [27]), (16, [16]), (3, [2, 1]), (1, [1]),
+    ]:  # fmt: skip
         chunks = np.split(video[:count], np.cumsum(cuts)[:-1])
         got = encode(iter(chunks))
         expected = np.asarray(whole(case.params, video[:count]))
