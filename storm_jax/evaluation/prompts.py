@@ -35,11 +35,12 @@ def interleaved(
 
     A subtitle stands behind the last group of frames that begins no later than its middle. It is
     left out unless some frame is strictly within it, or within half a second of its middle where
-    it is shorter than a second.
+    it is shorter than a second; frames count that temporal sampling leaves out, since the temporal
+    encoder has seen them.
 
     Args:
       cues: with the times of their file.
-      times: seconds of the frames that the model sees.
+      times: seconds of the frames that were taken from the video.
       groups: of each frame; -1: left out by temporal sampling; (): each frame is one.
       offset: time of the subtitles' file at which the video starts.
       duration: where a subtitle without an end ends, seconds of the file; None: never.
@@ -48,7 +49,6 @@ def interleaved(
       Lines, <video> where groups of frames stand together, and how many groups stand at each.
     """
     ids = groups or range(len(times))
-    shown = [time for time, group in zip(times, ids, strict=True) if group >= 0]
     begins = [
         next(members)[1]
         for group, members in groupby(zip(ids, times, strict=True), key=lambda pair: pair[0])
@@ -67,7 +67,7 @@ def interleaved(
             placed += 1
         if end - start < 1:
             start, end = middle - 0.5, middle + 0.5
-        if any(start < time < end for time in shown):
+        if any(start < time < end for time in times):
             parts.append(cue.text)
     parts += [VIDEO] * (len(begins) - placed)
     lines, counts = [], []

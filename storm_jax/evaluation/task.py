@@ -87,7 +87,7 @@ class Task(ABC):
         Args:
           cues: all subtitles of the file `item.subtitles`, with its times; () where there is none
             for this video; None: the question is asked without subtitles.
-          times: seconds in the video of the frames that the model sees.
+          times: seconds in the video of the frames that were taken from it.
           duration: of the video, seconds.
           groups: the group of each of these frames, as `ReductionConfig.frame_groups` says (-1:
             left out by temporal sampling); (): every frame is a group of its own.

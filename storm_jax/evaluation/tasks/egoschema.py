@@ -44,13 +44,13 @@ class EgoSchema(Task):
         config = "Subset" if self.subset else "GENERATION"
         patterns = ("questions.json", f"{config}/*.parquet", f"*/{config}/*.parquet")
         roots = files.roots(data, _NAMES)
+        answers = _answers(roots)
         items = []
         for path in files.annotations(data, _NAMES, patterns, "EgoSchema"):
             if path.suffix == ".parquet":
                 required: tuple[str, ...] = ("video_idx", "question", "option")
             else:
                 required = ("q_uid", "question", *(f"option {i}" for i in range(5)))
-            answers = _answers(roots)
             content = files.rows(path, files.read(path), required, "EgoSchema")
             for number, row in enumerate(content):
                 item = _item(path, number, row, answers, roots)
@@ -89,13 +89,15 @@ class EgoSchema(Task):
 
 
 def _answers(roots: Sequence[Path]) -> dict[str, int]:
-    found = files.existing(roots, "subset_answers.json")
-    if found is None:
-        return {}
-    answers = files.read(Path(found))
-    if not isinstance(answers, dict):
-        raise TaskError(f"{found}: expected an object of q_uid and answer, 0 to 4")
-    return answers
+    """Published answers, 0 to 4, by q_uid: those of the subset, beside the questions."""
+    if found := files.existing(roots, "subset_answers.json"):
+        answers = files.read(Path(found))
+        if not isinstance(answers, dict):
+            raise TaskError(f"{found}: expected an object of q_uid and answer, 0 to 4")
+        return answers
+    copies = [path for root in roots for path in sorted(root.glob("Subset/*.parquet"))]
+    subset = [row for path in copies for row in files.read(path)]
+    return {row["video_idx"]: int(row["answer"]) for row in subset}
 
 
 def _item(

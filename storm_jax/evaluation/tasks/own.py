@@ -88,7 +88,7 @@ def _of_question(path: Path, number: int, row: dict[str, Any]) -> Item:
     return Item(
         id=name,
         video=str(path.parent / files.text(path, number, row, "video")),
-        question=files.text(path, number, row, "question"),
+        question=PLACEHOLDER.sub("", files.text(path, number, row, "question")).strip(),
         options=texts,
         answer=answer,
         start=_seconds(where, row, "start"),
