@@ -60,7 +60,8 @@ _FOLDERS: dict[str, tuple[str, ...]] = {
 class MVBench(Task):
     """The metric is the mean of the 20 accuracies, which of a full set is that of all items.
 
-    The official prompt gives its instruction as the system's text, before the question; its code
+    MVBench's own code takes an empty output for right ("(" is part of "(A)"), and lmms-eval leaves
+    it out of the mean; here it is wrong. The official prompt gives its instruction as the system's text, before the question; its code
     repeats it with the question in some versions. VILA runs lmms-eval's task.
     """
 
