@@ -75,7 +75,7 @@ def extract(text: str, item: Item, family: Family) -> int | str | None:
 
 
 def _asks_yes_or_no(item: Item) -> bool:
-    return tuple(option.lower() for option in item.options) == ("yes", "no")
+    return item.labels == ("yes", "no")  # without letters
 
 
 def _whole(text: str, item: Item) -> int | None:

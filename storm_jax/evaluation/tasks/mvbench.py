@@ -61,8 +61,8 @@ class MVBench(Task):
     """The metric is the mean of the 20 accuracies, which of a full set is that of all items.
 
     MVBench's own code takes an empty output for right ("(" is part of "(A)"), and lmms-eval leaves
-    it out of the mean; here it is wrong. The official prompt gives its instruction as the system's text, before the question; its code
-    repeats it with the question in some versions. VILA runs lmms-eval's task.
+    it out of the mean; here it is wrong. The official prompt gives its instruction as the system's
+    text; some versions of its code repeat it before the question. VILA runs lmms-eval's task.
     """
 
     families: ClassVar[tuple[Family, ...]] = ("official", "lmms", "vila")
