@@ -135,6 +135,12 @@ def rows(
     return content
 
 
+def places(roots: Sequence[Path], folders: Sequence[str]) -> list[Path]:
+    """Where media may be: the first folder, for messages if there is none, and all that exist."""
+    every = [root / folder for root in roots for folder in folders]
+    return [*every[:1], *(place for place in every[1:] if place.is_dir())]
+
+
 def video(folders: Iterable[Path], names: Sequence[str]) -> str:
     """Path of the first of the videos that is there; else of the first that was looked for.
 
