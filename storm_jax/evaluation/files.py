@@ -136,9 +136,14 @@ def rows(
 
 
 def places(roots: Sequence[Path], folders: Sequence[str]) -> list[Path]:
-    """Where media may be: the first folder, for messages if there is none, and all that exist."""
+    """Folders where media may be, those that exist.
+
+    The first is where one that is missing should be: a folder of its own, if there is one.
+    """
     every = [root / folder for root in roots for folder in folders]
-    return [*every[:1], *(place for place in every[1:] if place.is_dir())]
+    there = [place for place in every if place.is_dir()]
+    should = next((place for place in there if place not in roots), None)
+    return list(dict.fromkeys([*([should] if should else every[:1]), *there]))
 
 
 def video(folders: Iterable[Path], names: Sequence[str]) -> str:

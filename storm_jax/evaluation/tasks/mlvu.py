@@ -41,6 +41,7 @@ _DEV = {
 }
 _TEST = ("anomaly_reco count ego needleQA order plotQA sportsQA topic_reasoning tutorialQA").split()
 _LETTER = re.compile(r"\(?[A-F]\)?\.?")
+_NUMBERED = re.compile(r"\d_(?!.*\.json$)")  # folders of tasks, beside which their files may lie
 # The name that a task has elsewhere -> here.
 _DEV_NAMES = {"findNeedle": "needle", "needleQA": "needle"}
 _TEST_NAMES = {"findNeedle": "needleQA", "needle": "needleQA"}
@@ -184,13 +185,16 @@ def _parquet(split: str) -> tuple[str, ...]:
 
 def _places(roots: Sequence[Path], kind: str, folder: str) -> list[Path]:
     """Where a task's videos may be: its numbered folder, or one with all videos."""
-    found = [folder] if folder else []
+    should, names = [], [folder] if folder else []
     for place in (root / name for root in roots for name in ("video", "videos", ".")):
         if place.is_dir():
-            found += [d.name for d in sorted(place.iterdir()) if d.name.partition("_")[2] == kind]
-    names = dict.fromkeys([*found, kind, "."])
+            numbered = [d.name for d in sorted(place.iterdir()) if _NUMBERED.match(d.name)]
+            names += [name for name in numbered if name.partition("_")[2] == kind]
+            # Where other tasks have a folder each, a missing one has its own too.
+            should += [place / folder] if folder and numbered else []
+    names += [kind, "."]
     every = [f"{place}/{name}" for place in ("video", "videos", ".") for name in names]
-    return files.places(roots, every)
+    return [*should[:1], *files.places(roots, every)]
 
 
 def _answer(where: str, answer: Any, texts: tuple[str, ...], kind: str) -> int | str | None:
