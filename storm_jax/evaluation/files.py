@@ -135,6 +135,17 @@ def rows(
     return content
 
 
+def places(roots: Sequence[Path], folders: Sequence[str]) -> list[Path]:
+    """Folders where media may be, those that exist.
+
+    The first is where one that is missing should be: a folder of its own, if there is one.
+    """
+    every = [root / folder for root in roots for folder in folders]
+    there = [place for place in every if place.is_dir()]
+    should = next((place for place in there if place not in roots), None)
+    return list(dict.fromkeys([*([should] if should else every[:1]), *there]))
+
+
 def video(folders: Iterable[Path], names: Sequence[str]) -> str:
     """Path of the first of the videos that is there; else of the first that was looked for.
 

@@ -227,6 +227,11 @@ def test_missing_videos_have_the_path_where_they_should_be(tmp_path):
     shutil.rmtree(tmp_path / "data")
     items = TASKS["videomme"].load(tmp_path)
     assert items[0].video == str(tmp_path / "data" / "fFjv93ACGo8.mp4")
+    (tmp_path / "data").mkdir()  # the same, where the annotations lie in a folder of their own
+    dump = tmp_path / "videomme" / "Video-MME.json"
+    dump.parent.mkdir()
+    shutil.move(tmp_path / "Video-MME.json", dump)
+    assert TASKS["videomme"].load(tmp_path)[0].video == items[0].video
     write.mlvu_dev_official(tmp_path)
     shutil.rmtree(tmp_path / "MLVU" / "video" / "4_count")
     item = TASKS["mlvu_dev"].load(tmp_path)[-1]

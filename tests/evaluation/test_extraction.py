@@ -16,6 +16,7 @@ COUNTS = Item("1", "v", "q", ("2", "1", "5", "4"), 0)
 DOUBLE = Item("1", "v", "q", ("cube", "sphere", "cube", "cone"), 2)
 LETTERS = Item("1", "v", "Which letter?", ("C", "B", "A", "D"), 0)
 YES_NO = Item("1", "v", "q", ("yes", "no"), 0, labels=("yes", "no"))
+LETTERED_YES_NO = Item("1", "v", "q", ("yes", "no"), 0)
 NUMBERED = Item("1", "v", "q", ("A man runs.", "A man sits."), 0, labels=("1", "2"))
 OPEN = Item("1", "v", "q")
 
@@ -170,6 +171,9 @@ def test_the_table_is_long_enough():
         (YES_NO, "The answer is yes", None),
         (YES_NO, "A", None),
         (YES_NO, "", None),
+        (LETTERED_YES_NO, "A", 0),
+        (LETTERED_YES_NO, "no", 1),
+        (LETTERED_YES_NO, "B. no", 1),
         # options that are called 1 and 2
         (NUMBERED, "1", 0),
         (NUMBERED, "Option 2", 1),
