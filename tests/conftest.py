@@ -37,6 +37,7 @@ LONG = (
     "interop/test_export.py",
     "kernels/test_triton_gpu.py",
     "training/test_step.py",
+    "commands/test_evaluate.py",
     "commands/test_generate.py",
     "parallel/test_sequence.py",
     "interop/test_parity.py",

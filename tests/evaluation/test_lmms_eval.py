@@ -1,7 +1,6 @@
 """lmms-eval 0.7 with our model, and its scores beside ours on the same predictions.
 
-Skipped where lmms-eval is not installed; docs/evaluation.md says how, and launch/lmms_eval_test.sh
-does it.
+Skipped where lmms-eval is not installed; `bash .ci/lmms_eval` installs it apart and runs this.
 """
 
 import json
@@ -21,10 +20,10 @@ from tests.evaluation.small_run import write_checkpoint
 pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own")
 
 OUTPUTS = (
-    "A", "B.", "(C)", "D: the three kinds", "The best answer is B", "answer: (D)", "I think it is A.",
-    "Based on the video, the answer is C.", "B. Candles.", "A or C", "Both A and B, so C", "none", "",
-    "!!!!!!!!", "a", "E", "The correct option is (A) Apples.", "**D**", "C,", "\nB\n", "D)", "Option A",
-    "AB", "Apples.", "A B C D", "It shows a man. B", "Answer: D",
+    "A", "B.", "(C)", "D: the three kinds", "The best answer is B", "answer: (D)", "none", "",
+    "I think it is A.", "Based on the video, the answer is C.", "B. Candles.", "A or C", "**D**",
+    "Both A and B, so C", "!!!!!!!!", "a", "E", "The correct option is (A) Apples.", "C,", "\nB\n",
+    "D)", "Option A", "AB", "Apples.", "A B C D", "It shows a man. B", "Answer: D",
 )  # fmt: skip
 YAML = """
 dataset_path: parquet
@@ -124,16 +123,16 @@ def test_lmms_eval_runs_its_task_and_agrees(folder):
     outputs = set()
     for record in map(json.loads, ours):
         sample = theirs[record["id"]]
-        said = sample["filtered_resps"][0]
+        said = sample["filtered_resps"]
         outputs.add(said)
         assert said.strip() == record["output"].strip(), record["id"]
         letter = "" if record["predicted"] is None else "ABCD"[record["predicted"]]
         assert sample["videomme_perception_score"]["pred_answer"] == letter
     assert len(outputs) > 2  # else the test would see nothing
     result = json.loads((folder / "native" / "videomme" / "result.json").read_text())
-    assert 100 * result["score"]["main"]["value"] == pytest.approx(
-        score["videomme_perception_score,none"]
-    )
+    accuracy = result["score"]["main"]["value"]
+    assert 0 < accuracy < 1
+    assert 100 * accuracy == pytest.approx(score["videomme_perception_score,none"])
 
 
 def answered(task, items, outputs):
@@ -154,7 +153,6 @@ def test_videomme_scores_agree_on_awkward_outputs(folder):
     found = answered(task, items, OUTPUTS)
     got = ["" if r.predicted is None else "ABCD"[r.predicted] for r in found]
     differing = [(o, w, g) for o, w, g in zip(OUTPUTS, wanted, got, strict=True) if w != g]
-    # An option's whole text is that option here; lmms-eval sees the A in its first letter.
     assert differing == []
     assert len(set(wanted)) == 5
 
@@ -164,7 +162,8 @@ def test_mvbench_drops_empty_predictions(tmp_path):
 
     mvbench_hf(tmp_path)
     task = all_tasks()["mvbench"]
-    items = [i for i in task.load(tmp_path) if isinstance(i.answer, int)]
+    # Of equal options lmms-eval takes the first and we the last.
+    items = [i for i in task.load(tmp_path) if len(set(i.options)) == len(i.options)]
     outputs = ["" if n % 2 else i.letters[i.answer] for n, i in enumerate(items)]
     docs = [
         utils.mvbench_process_results(
