@@ -155,5 +155,6 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def write_result(folder: Path, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
     """Writes result.json, and further files (submissions), their text by name."""
     for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         replace_text(folder / name, text)
     replace_text(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
