@@ -31,7 +31,15 @@ MAY_IMPORT = {
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
     "inference": {"checkpoint", "config", "data", "frames", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
-    "evaluation": {"checkpoint", "config", "data", "frames", "inference", "workdir"},
+    "evaluation": {
+        "checkpoint",
+        "config",
+        "data",
+        "frames",
+        "inference",
+        "parallel",
+        "workdir",
+    },  # fmt: skip
     "serving": {"config", "data", "inference"},
 }
 # Files that an export carries: they stand alone there, side by side.

@@ -18,9 +18,10 @@ from storm_jax.config import RunConfig
 from storm_jax.evaluation.items import Item
 from storm_jax.inference.options import Options
 from storm_jax.inference.sampling import Sampling
+from storm_jax.parallel.identity import source_digest
 
-# Where things lie changes no answer.
-_NOT_COMPARED = ("checkpoint.path", "data")
+# Where things lie changes no answer; a commit need not touch the code, which is compared itself.
+_NOT_COMPARED = ("checkpoint.path", "git")
 _WHOLE = 1 << 20  # bytes of a file that is hashed as a whole
 _PIECE = 1 << 16
 _PACKAGES = ("jax", "jaxlib", "av", "tokenizers", "transformers")
@@ -86,6 +87,7 @@ def recipe(
             "storm_jax": storm_jax.__version__,
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
+        "code": source_digest(),
         "git": git_revision(),
     }
 
