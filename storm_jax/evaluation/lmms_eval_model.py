@@ -22,7 +22,8 @@ from storm_jax.data import text
 from storm_jax.data.conversation import Media, Turn
 from storm_jax.data.video import MediaError
 from storm_jax.evaluation import health, runner
-from storm_jax.evaluation.answering import Answering, Outcome, Request
+from storm_jax.evaluation.answering import Answering
+from storm_jax.evaluation.requests import Outcome, Request
 from storm_jax.inference.engine import Engine
 from storm_jax.inference.media import Decoders
 from storm_jax.inference.options import Options

@@ -13,8 +13,8 @@ from storm_jax.data import subtitles
 from storm_jax.data.conversation import Media, Turn
 from storm_jax.data.text import PLACEHOLDER
 from storm_jax.data.video import MediaError
-from storm_jax.evaluation.answering import Request
 from storm_jax.evaluation.items import Family, Item, TaskError
+from storm_jax.evaluation.requests import Request
 from storm_jax.evaluation.task import Task
 from storm_jax.inference.media import Clip, Decoders
 from storm_jax.inference.options import Options

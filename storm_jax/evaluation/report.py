@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from storm_jax.evaluation import health, scoring
-from storm_jax.evaluation.answering import Outcome
 from storm_jax.evaluation.items import Answered, Family, Item
+from storm_jax.evaluation.requests import Outcome
 from storm_jax.evaluation.task import Task
 
 FORMAT = 1  # of result.json and samples.jsonl

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from storm_jax.config import RunConfig
 from storm_jax.evaluation import plan, report
-from storm_jax.evaluation.answering import Answering, Outcome
+from storm_jax.evaluation.answering import Answering
 from storm_jax.evaluation.items import Family
 from storm_jax.evaluation.plan import Asking, Planned
 from storm_jax.evaluation.recipe import fingerprint_of_items
+from storm_jax.evaluation.requests import Outcome
 from storm_jax.evaluation.results import Samples, read_result, write_result
 from storm_jax.evaluation.task import Task, without_subtitles
 from storm_jax.inference.engine import Engine

@@ -10,7 +10,9 @@ import time
 
 import pytest
 
+from storm_jax.evaluation.tasks import all_tasks
 from tests.commands.conftest import ROOT, called, command_environment
+from tests.evaluation import benchmark_files
 from tests.evaluation.small_run import QUESTIONS, VIDEOS, write_checkpoint, write_questions
 
 ITEMS = VIDEOS * QUESTIONS
@@ -146,7 +148,7 @@ def test_shared_by_processes_and_bad_videos(whole, checkpoint, data, tmp_path):
     videos[2].rename(broken / "away.mp4")
     a, b, c = (tmp_path / x for x in "abc")
     two, back = "--processes=2", flags(checkpoint, broken, a, "--allow_missing")
-    first, second, missing, partial, again, limited, subtitles = called(
+    first, second, missing, partial, again, limited, subtitles, late = called(
         "evaluate",
         [
             (flags(checkpoint, data, c, two), ""),
@@ -156,9 +158,10 @@ def test_shared_by_processes_and_bad_videos(whole, checkpoint, data, tmp_path):
             (back, ""),
             (flags(checkpoint, broken, b, "--limit=2", "--frames=4"), ""),
             (flags(checkpoint, data, tmp_path / "d", "--limit=2", "--subtitles"), ""),
+            (flags(checkpoint, data, tmp_path / "e", "--limit=2", "--decode_timeout=1e-6"), ""),
         ],
     )
-    for status, _, err in (first, second, partial, again, limited, subtitles):
+    for status, _, err in (first, second, partial, again, limited, subtitles, late):
         assert status == 0 and "Traceback" not in err, err
     # Two processes, which need nothing but the folder.
     assert "this process is done" in first[2] and "accuracy" not in first[1]
@@ -186,6 +189,8 @@ def test_shared_by_processes_and_bad_videos(whole, checkpoint, data, tmp_path):
     assert "This video's subtitles are listed below:\nearly\n" in titled[0]["prompt"][0]["text"]
     assert "late" not in titled[0]["prompt"][0]["text"]
     assert "subtitles" not in titled[1]["prompt"][0]["text"]
+    assert "2 videos could not be read; 2 items count as wrong" in late[1]
+    assert "took longer than 1e-06 s to decode" in late[1]
     # What was missing or broken comes back.
     (broken / "away.mp4").rename(videos[2])
     videos[1].write_bytes(content)
@@ -240,6 +245,58 @@ def test_refusals(whole, checkpoint, data, tmp_path):
     assert (used / "own" / "samples.jsonl").read_bytes() == (
         whole[0] / "own" / "samples.jsonl"
     ).read_bytes()
+
+
+@pytest.mark.slow
+def test_every_benchmark(checkpoint, tmp_path):
+    layouts = {
+        "Video-MME": benchmark_files.videomme_official,
+        "MVBench": benchmark_files.mvbench_official,
+        "MLVU": benchmark_files.mlvu_dev_official,
+        "MLVU_Test": benchmark_files.mlvu_test_official,
+        "LongVideoBench": benchmark_files.longvideobench_official,
+        "EgoSchema": benchmark_files.egoschema_official,
+        "LVBench": benchmark_files.lvbench_official,
+        "TempCompass": benchmark_files.tempcompass_official,
+    }
+    for name, write in layouts.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        write(tmp_path / "data" / name)
+    tasks = all_tasks()
+    del tasks["own"]
+    arguments = [
+        f"--checkpoint={checkpoint}", f"--tasks={','.join(tasks)}", f"--data={tmp_path / 'data'}",
+    ]  # fmt: skip
+    titled = ["--subtitles", "--tasks=longvideobench_val,videomme"]
+    (status, out, err), (other, shown, why) = called(
+        "evaluate",
+        [
+            ([*arguments, f"--out={tmp_path / 'a'}"], ""),
+            ([*arguments, f"--out={tmp_path / 'b'}", *titled], ""),
+        ],
+    )
+    assert (status, other) == (0, 0), err + why
+    for name, task in tasks.items():
+        items = {item.id: item for item in task.load(tmp_path / "data")}
+        result = json.loads((tmp_path / "a" / name / "result.json").read_text())
+        assert result["items"] == len(items) and not result["health"]["failed_videos"], name
+        assert result["recipe"]["prompts"] == task.families[0] and f"{name}  (" in out
+        text = (tmp_path / "a" / name / "samples.jsonl").read_text()
+        for record in map(json.loads, text.splitlines()):
+            item = items[record["id"]]
+            prompt = task.prompt(item, task.families[0])
+            assert record["prompt"][-1]["text"] == prompt.text
+            assert record["answer_prefix"] == prompt.answer_prefix
+            assert record["predicted"] == task.extract(record["output"], item, task.families[0])
+            assert record["frames"] and record["visual_tokens"] and record["finish"] != "error"
+    for name in ("egoschema", "longvideobench_test", "mlvu_test", "tempcompass_captioning"):
+        folder = tmp_path / "a" / name
+        files = {x.relative_to(folder).as_posix() for x in folder.rglob("*") if x.is_file()}
+        assert files > {"recipe.json", "result.json", "samples.jsonl"}, name
+    between = (tmp_path / "b" / "longvideobench_val" / "samples.jsonl").read_text()
+    assert any(
+        json.loads(x)["prompt"][-1]["text"].count("<video>") > 1 for x in between.splitlines()
+    )
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from storm_jax.data import text
 from storm_jax.data.conversation import Media, Turn
 from storm_jax.data.video import sample
 from storm_jax.evaluation import plan
-from storm_jax.evaluation.answering import Answering, Request
+from storm_jax.evaluation.answering import Answering
 from storm_jax.evaluation.items import Item
 from storm_jax.evaluation.plan import Asking
+from storm_jax.evaluation.requests import Request
 from storm_jax.evaluation.tasks import all_tasks
 from storm_jax.inference.engine import ContextError, Engine
 from storm_jax.inference.load import load, replicas
