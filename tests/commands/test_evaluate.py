@@ -12,6 +12,7 @@ import pytest
 
 from storm_jax.evaluation.tasks import all_tasks
 from tests.commands.conftest import ROOT, called, command_environment
+from tests.data.media_files import write as write_media
 from tests.evaluation import benchmark_files
 from tests.evaluation.small_run import QUESTIONS, VIDEOS, write_checkpoint, write_questions
 
@@ -253,15 +254,17 @@ def test_every_benchmark(checkpoint, tmp_path):
         "Video-MME": benchmark_files.videomme_official,
         "MVBench": benchmark_files.mvbench_official,
         "MLVU": benchmark_files.mlvu_dev_official,
-        "MLVU_Test": benchmark_files.mlvu_test_official,
+        "": benchmark_files.mlvu_test_official,  # makes its folder
         "LongVideoBench": benchmark_files.longvideobench_official,
         "EgoSchema": benchmark_files.egoschema_official,
         "LVBench": benchmark_files.lvbench_official,
         "TempCompass": benchmark_files.tempcompass_official,
     }
     for name, write in layouts.items():
-        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
         write(tmp_path / "data" / name)
+    for frame in (tmp_path / "data" / "MVBench").rglob("*.jpg"):  # empty ones
+        write_media(frame, 1, codec="png", format="image2", pix_fmt="rgb24")
     tasks = all_tasks()
     del tasks["own"]
     arguments = [
