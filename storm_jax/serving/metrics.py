@@ -53,7 +53,7 @@ class Metrics:
         )
         self.frames = Counter("storm_frames_encoded", "Through the ViT.", registry=registry)
         self.decode_seconds = Counter(
-            "storm_decode_seconds", "Spent decoding media, all threads.", registry=registry
+            "storm_decode_seconds", "Spent decoding media, all processes.", registry=registry
         )
         self.encode_seconds = Counter(
             "storm_encode_seconds", "Spent encoding frames.", registry=registry
