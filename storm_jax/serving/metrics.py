@@ -47,6 +47,9 @@ class Metrics:
             "Of admitted requests, visual tokens included.",
             registry=registry,
         )
+        self.reused_tokens = Counter(
+            "storm_prompt_tokens_reused", "That an earlier answer had left.", registry=registry
+        )
         self.answer_tokens = Counter("storm_answer_tokens", "Generated.", registry=registry)
         self.visual_tokens = Counter(
             "storm_visual_tokens", "Of admitted requests.", registry=registry

@@ -86,7 +86,7 @@ class Server:
                     ended.set()
 
             sampling = Sampling(max_new_tokens=2)
-            self.scheduler.submit(Generation(tokens, (visual,), sampling, (), deliver))
+            self.scheduler.submit(Generation(tokens, (visual,), (frames,), sampling, (), deliver))
             ended.wait()
             if errors:
                 raise errors[0]
