@@ -5,7 +5,7 @@ import contextlib
 import copy
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -220,7 +220,7 @@ class Chat:
         self,
         tokens: np.ndarray,
         visuals: list[Visual],
-        keys: list[Hashable],
+        keys: Sequence[Hashable],
         sampling: Sampling,
         stop: tuple[str, ...],
         usage: Usage,
