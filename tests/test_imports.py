@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 # Modules of storm_jax that nothing imports.
 COMMANDS = {"compile", "convert", "generate", "serve", "stream", "train"}
@@ -28,6 +30,7 @@ MAY_IMPORT = {
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
     "inference": {"checkpoint", "config", "data", "frames", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
+    "evaluation": {"config", "data", "frames"},
     "serving": {"config", "data", "inference"},
 }
 # Files that an export carries: they stand alone there, side by side.
@@ -120,10 +123,21 @@ def test_transformers_imports_beside_the_folder_kernels():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_models_need_neither_torch_nor_a_video_library():
+@pytest.mark.parametrize(
+    ("statement", "without"),
+    [
+        ("import storm_jax.models.storm", "torch transformers av grain tensorflow"),
+        # Data workers read benchmarks too.
+        (
+            "from storm_jax.evaluation import tasks; tasks.all_tasks()",
+            "jax flax torch transformers av grain pyarrow",
+        ),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(statement, without):
     code = (
-        "import sys, storm_jax.models.storm;"
-        "bad = {'torch', 'transformers', 'av', 'grain', 'tensorflow'} & set(sys.modules);"
+        f"import sys; {statement};"
+        f"bad = set({without.split()}) & set(sys.modules);"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
     env_path = f"{ROOT}:{ROOT / 'kernels'}"
