@@ -38,6 +38,7 @@ class TaskResult:
     Attributes:
       mean_over: category over whose values the main metric is a mean; "": over items.
       recipe: how it was made, nested.
+      model: equal for results of the same parameters.
       answers: of the scored items, by id.
       frames, visual_tokens: mean over items, of what the decoder saw.
       latency: mean seconds a question; None: the result does not say.
@@ -46,6 +47,7 @@ class TaskResult:
 
     mean_over: str
     recipe: Mapping[str, Any]
+    model: str
     answers: Mapping[str, Answer]
     frames: float | None = None
     visual_tokens: float | None = None

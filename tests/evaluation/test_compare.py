@@ -125,8 +125,9 @@ def result(name, credit, task="t", **fields):
     recipe = fields.pop("recipe", {"frames": {"max": 8}, "prompts": "official"})
     asked = fields.pop("asked", "q")
     mean_over = fields.pop("mean_over", "")
+    model = fields.pop("model", name)
     return Result(
-        name, {task: TaskResult(mean_over, recipe, answers(credit, asked=asked), **fields)}
+        name, {task: TaskResult(mean_over, recipe, model, answers(credit, asked=asked), **fields)}
     )
 
 
@@ -162,7 +163,7 @@ def test_other_item_sets_are_refused():
         compare([result("a", [1, 0]), result("b", [1, 0], asked="r")])
     other = result("b", [1, 0])
     renamed = {f"n{k}": v for k, v in other.tasks["t"].answers.items()}
-    other = Result("b", {"t": TaskResult("", {}, renamed)})
+    other = Result("b", {"t": TaskResult("", {}, "b", renamed)})
     with pytest.raises(TaskError, match=r"t: .* no scored item in common \(a 2, b 2\)"):
         compare([result("a", [1, 0]), other])
     with pytest.raises(TaskError, match=r"no task is in two .*a: t; b: u"):
