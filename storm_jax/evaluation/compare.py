@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from storm_jax.evaluation import paired, scoring
-from storm_jax.evaluation.items import TaskError
 
 OVERALL = ""  # category of the row over all items
+
+
+class CompareError(ValueError):
+    """Results that cannot be compared; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class TaskResult:
       model: equal for results of the same parameters.
       answers: of the scored items, by id.
       frames, visual_tokens: mean over items, of what the decoder saw.
-      latency: mean seconds a question; None: the result does not say.
+      latency: seconds of the run for each question; None: the result does not say.
       remarks: what a reader must know: a partial run, degenerate outputs, corrupt videos.
     """
 
@@ -103,16 +106,16 @@ def compare(results: Sequence[Result]) -> Comparison:
     all who ran it have are counted, and the notes say how many were left out.
 
     Raises:
-      TaskError: fewer than two results, no common task, no common item of a task, or an item with
-        the same id that asks something else.
+      CompareError: fewer than two results, no common task, no common item of a task, or an item
+        with the same id that asks something else.
     """
     if len(results) < 2:
-        raise TaskError(f"{len(results)} result to compare: give at least two folders")
+        raise CompareError(f"{len(results)} result to compare: give at least two folders")
     tasks = list(dict.fromkeys(task for result in results for task in result.tasks))
     shared = [t for t in tasks if sum(t in result.tasks for result in results) > 1]
     if not shared:
         has = "; ".join(f"{r.name}: {', '.join(sorted(r.tasks)) or 'none'}" for r in results)
-        raise TaskError(f"no task is in two of the results ({has}): run the same --tasks")
+        raise CompareError(f"no task is in two of the results ({has}): run the same --tasks")
     notes: list[str] = []
     rows: list[Row] = []
     for task in tasks:
@@ -135,14 +138,14 @@ def _common(task: str, results: Sequence[Result], notes: list[str]) -> list[str]
     common = [id_ for id_ in first if all(id_ in answers for _, answers in having)]
     if not common:
         counts = ", ".join(f"{name} {len(answers)}" for name, answers in having)
-        raise TaskError(
+        raise CompareError(
             f"{task}: the results have no scored item in common ({counts}): they are of different"
             " item sets, for example of two versions of the annotations"
         )
     for name, answers in having:
         other = next((i for i in common if answers[i].asked != first[i].asked), None)
         if other is not None:
-            raise TaskError(
+            raise CompareError(
                 f"{task}: item {other} is another question in {name} than in {first_name}:"
                 f" {answers[other].asked} and {first[other].asked}; compare results of the same"
                 " annotation file"

@@ -10,10 +10,9 @@ import pytest
 from scipy import stats
 
 from storm_jax.evaluation import paired
-from storm_jax.evaluation.compare import Answer, Result, TaskResult, compare
+from storm_jax.evaluation.compare import Answer, CompareError, Result, TaskResult, compare
 from storm_jax.evaluation.compare_plots import draw
 from storm_jax.evaluation.compare_report import accuracy_csv, markdown, paired_csv
-from storm_jax.evaluation.items import TaskError
 
 # -------------------------------------------------------------------------------------- statistics
 
@@ -159,16 +158,18 @@ def test_only_common_items_count_and_it_is_said():
 
 
 def test_other_item_sets_are_refused():
-    with pytest.raises(TaskError, match="t: item i0 is another question in b than in a: r0 and q0"):
+    with pytest.raises(
+        CompareError, match="t: item i0 is another question in b than in a: r0 and q0"
+    ):
         compare([result("a", [1, 0]), result("b", [1, 0], asked="r")])
     other = result("b", [1, 0])
     renamed = {f"n{k}": v for k, v in other.tasks["t"].answers.items()}
     other = Result("b", {"t": TaskResult("", {}, "b", renamed)})
-    with pytest.raises(TaskError, match=r"t: .* no scored item in common \(a 2, b 2\)"):
+    with pytest.raises(CompareError, match=r"t: .* no scored item in common \(a 2, b 2\)"):
         compare([result("a", [1, 0]), other])
-    with pytest.raises(TaskError, match=r"no task is in two .*a: t; b: u"):
+    with pytest.raises(CompareError, match=r"no task is in two .*a: t; b: u"):
         compare([result("a", [1, 0]), result("b", [1, 0], task="u")])
-    with pytest.raises(TaskError, match="at least two"):
+    with pytest.raises(CompareError, match="at least two"):
         compare([result("a", [1, 0])])
 
 
