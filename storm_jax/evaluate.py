@@ -37,12 +37,16 @@ from storm_jax.inference.weights import Quantization
 
 DONE, BAD_INPUT, USAGE, TOO_LONG, INTERRUPTED = 0, 1, 2, 3, 130
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, or one checkpoint.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A training workdir, or one checkpoint.", required=True
+)
 _TASKS = flags.DEFINE_string(
     "tasks", None, f"Of {', '.join(tasks.all_tasks())}; several by commas."
 )
-_DATA = flags.DEFINE_string("data", None, "Folder of the benchmarks, or of the only one.")
-_OUT = flags.DEFINE_string("out", None, "Folder of the results.")
+_DATA = flags.DEFINE_string(
+    "data", None, "Folder of the benchmarks, or of the only one.", required=True
+)
+_OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
 _PROMPTS = flags.DEFINE_enum(
     "prompts", None, FAMILIES, "Whose prompts and extraction rules; default: each task's first."
 )
@@ -105,9 +109,6 @@ def asked() -> Asking:
 
 def run() -> None:
     """Does what the flags ask for."""
-    needed = (_CHECKPOINT, _TASKS, _DATA, _OUT)
-    if absent := [f"--{flag.name}" for flag in needed if not flag.value]:
-        raise UsageError(f"give {', '.join(absent)}")
     if _PROCESS.value >= _PROCESSES.value:
         raise UsageError(
             f"--process={_PROCESS.value} of --processes={_PROCESSES.value}: count from 0"

@@ -5,11 +5,12 @@ import hashlib
 import importlib.metadata
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 import storm_jax
 from storm_jax import checkpoint
@@ -79,7 +80,7 @@ def recipe(
             "slots": slots,
             "device": devices[0].device_kind,
             "devices": len(devices),
-            "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+            "matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default",
         },
         "versions": {
             "storm_jax": storm_jax.__version__,
@@ -89,14 +90,13 @@ def recipe(
     }
 
 
-def fingerprint_of_items(items: Sequence[Item], data: Path) -> str:
+def fingerprint_of_items(items: Sequence[Item]) -> str:
     """Of everything that the annotations say; where the videos lie does not count."""
     digest = hashlib.sha256()
     for item in items:
-        about = dataclasses.asdict(item)
-        about["categories"] = dict(about["categories"])
-        for name in ("video", "subtitles"):
-            about[name] = Path(about[name]).name if about[name] else None
+        about: dict[str, Any] = {**vars(item), "categories": dict(item.categories)}
+        about["video"] = Path(item.video).name
+        about["subtitles"] = Path(item.subtitles).name if item.subtitles else None
         digest.update(json.dumps(about, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()[:16]
 
@@ -109,7 +109,7 @@ def fingerprint_of_checkpoint(path: str) -> dict[str, Any]:
     folder, step = checkpoint.find(path)
     where = folder / str(step)
     digest = hashlib.sha256()
-    for file in sorted(f for f in where.rglob("*") if f.is_file()):
+    for file in _files(where):
         size = file.stat().length
         digest.update(f"{file.relative_to(where)}\0{size}\0".encode())
         with file.open("rb") as content:
@@ -120,6 +120,15 @@ def fingerprint_of_checkpoint(path: str) -> dict[str, Any]:
                 content.seek(size - _PIECE)
                 digest.update(content.read())
     return {"step": step, "fingerprint": digest.hexdigest()[:16]}
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files below, sorted; a bucket knows no recursive pattern."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
 
 
 def git_revision() -> str | None:

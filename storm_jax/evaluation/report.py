@@ -14,15 +14,16 @@ from storm_jax.evaluation.task import Task
 FORMAT = 1  # of result.json and samples.jsonl
 
 
-def record(task: Task, item: Item, family: Family, outcome: Outcome) -> dict[str, Any]:
-    """A line of samples.jsonl."""
+def record(task: Task, item: Item, family: Family, outcome: Outcome, data: Path) -> dict[str, Any]:
+    """A line of samples.jsonl; videos are named as they lie below `data`."""
+    video = Path(item.video)
     predicted = None
     if outcome.finish != "error":
         predicted = task.extract(outcome.output, item, family)
     answered = Answered(item, outcome.output, predicted)
     return {
         "id": item.id,
-        "video": Path(item.video).name,
+        "video": str(video.relative_to(data) if video.is_relative_to(data) else video),
         "start": item.start,
         "end": item.end,
         "question": item.question,
@@ -79,7 +80,10 @@ def result(
         "videos": len({r["video"] for r in records}),
         "difference_to_full_set": task.difference(items),
         "health": {
-            "unparsed": score.unparsed,
+            "unparsed": sum(
+                r["predicted"] is None and r["answer"] is not None and not r["error"]
+                for r in records
+            ),
             "degenerate": {
                 name: degenerate[name] for name in ("empty", "repetition", "non-finite")
             },

@@ -74,7 +74,7 @@ class TaskRun:
             **shared,
             "task": task.name,
             "prompts": family,
-            "annotations": fingerprint_of_items(items, place.data),
+            "annotations": fingerprint_of_items(items),
             "limit": limit or "none",
         }
         self.items = items[:limit] if limit else items
@@ -111,7 +111,9 @@ class TaskRun:
         ) as bar:
 
             def wrote(planned: Planned, outcome: Outcome) -> None:
-                line = report.record(self.task, planned.item, self.family, outcome)
+                line = report.record(
+                    self.task, planned.item, self.family, outcome, self._place.data
+                )
                 self.samples.append(line)
                 if line["credit"] is not None:
                     right.append(line["credit"])
@@ -190,8 +192,8 @@ def context_for(runs: Sequence[TaskRun], given: int) -> int:
         many = sum(needed > given for needed, _, _ in planned)
         raise TooLongError(
             f"{many} of {len(planned)} prompts with the longest answer do not fit"
-            f" --context={given}: {task}, item {item} needs {longest} tokens; take fewer --frames, more"
-            f" --temporal_sampling, or --context={longest}"
+            f" --context={given}: {task}, item {item} needs {longest} tokens; take fewer --frames,"
+            f" more --temporal_sampling, or --context={longest}"
         )
     return given or -(-longest // 64) * 64
 
