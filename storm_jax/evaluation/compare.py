@@ -44,7 +44,7 @@ class TaskResult:
       model: equal for results of the same parameters.
       answers: of the scored items, by id.
       frames, visual_tokens: mean over items, of what the decoder saw.
-      latency: seconds of the run for each question; None: the result does not say.
+      latency: seconds of the run for each question, many at a time; None: it is not known.
       remarks: what a reader must know: a partial run, degenerate outputs, corrupt videos.
     """
 

@@ -10,7 +10,7 @@ from storm_jax.evaluation.scoring import Estimate
 _AXES = {
     "frames": ("frames", "frames of a video"),
     "visual_tokens": ("visual_tokens", "visual tokens of a question"),
-    "latency": ("latency", "seconds of the run for each question"),
+    "latency": ("latency", "seconds of the run for each question, without compiling"),
 }
 _MARKERS = "osD^vP*X<>"
 

@@ -68,7 +68,7 @@ def _task(folder: Path) -> TaskResult:
             answers=answers,
             frames=found["cost"]["frames"],
             visual_tokens=found["cost"]["visual_tokens"],
-            latency=found["run"]["seconds_per_item"],
+            latency=_latency(found["run"]),
             remarks=tuple(line.strip() for line in report.warnings(found)),
         )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -76,6 +76,12 @@ def _task(folder: Path) -> TaskResult:
             f"{folder} is no result of storm_jax.evaluate ({type(error).__name__}: {error}):"
             " evaluate again with another --out"
         ) from error
+
+
+def _latency(run: Mapping[str, Any]) -> float | None:
+    """Seconds for each question, compiling left out, of a run that was not only compiling."""
+    seconds = run["seconds"] - run["compile_seconds"]
+    return seconds / run["items"] if run["items"] and seconds > 0 else None
 
 
 def _answer(record: Mapping[str, Any]) -> Answer:

@@ -3,16 +3,19 @@
 import csv
 import io
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from storm_jax.evaluation import paired
+from storm_jax.evaluation import compare_command, compare_results, paired, report, tasks
+from storm_jax.evaluation.answering import Outcome
 from storm_jax.evaluation.compare import Answer, CompareError, Result, TaskResult, compare
 from storm_jax.evaluation.compare_plots import draw
 from storm_jax.evaluation.compare_report import accuracy_csv, markdown, paired_csv
+from storm_jax.evaluation.results import Samples, write_result
 
 # -------------------------------------------------------------------------------------- statistics
 
@@ -148,6 +151,13 @@ def test_a_macro_metric_is_compared_as_such():
     assert found.rows[0].differences[1].value == pytest.approx(0.25)
 
 
+def test_an_item_with_several_values_counts_in_each():
+    a = {"i": Answer("v", "q", 1.0, {"skill": ("x", "y")}), "j": Answer("w", "q", 0.0, {})}
+    results = [Result(name, {"t": TaskResult("", {}, name, a)}) for name in "ab"]
+    found = [(r.value, r.estimates[0].items) for r in compare(results).rows]
+    assert found == [("", 2), ("x", 1), ("y", 1)]
+
+
 def test_only_common_items_count_and_it_is_said():
     found = compare([result("a", [1, 0, 0, 1]), result("b", [1, 1, 1, 1, 0, 0])])
     assert [e.value for e in found.rows[0].estimates] == [0.5, 1.0]
@@ -239,3 +249,124 @@ def test_plots_of_what_the_results_know(tmp_path):
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     assert draw(compare([result("a", [1]), result("b", [0])]), tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------ result files
+
+
+def evaluated(folder, data, outputs, frames=8, **recipe):
+    """An output folder as `storm_jax.evaluate` leaves it, of a model that said `outputs`.
+
+    None: the video could not be read.
+    """
+    (task,) = tasks.named("own")
+    items = task.load(data)[: len(outputs)]
+    recipe = {
+        "checkpoint": {"path": str(folder), "fingerprint": f"print of {folder.name}"},
+        "frames": {"max_frames": frames},
+        "prompts": "official",
+        **recipe,
+    }
+    samples = Samples(folder / task.name, recipe)
+    for item, output in zip(items, outputs, strict=True):
+        bad = dict(finish="error", error=f"{item.video}: corrupt")
+        good = dict(output=output, finish="stop", frames=frames, visual_tokens=frames * 4)
+        outcome = Outcome(None, **(bad if output is None else good))
+        samples.append(report.record(task, item, "official", outcome, data.parent))
+    records = samples.merged([item.id for item in items])
+    samples.close()
+    about = {"missing_videos": [], "items_left_out": 0, "without_subtitles": None}
+    run = {"items": len(items), "seconds": 30.0, "compile_seconds": 10.0}
+    found, files = report.result(task, items, records, {**about, "recipe": recipe, "run": run})
+    write_result(samples.folder, found, files)
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Ten questions about five videos; the second option is always right."""
+    path = tmp_path / "questions.jsonl"
+    lines = [
+        {
+            "id": str(i),
+            "video": f"clips/{i // 2}.mp4",
+            "question": f"What comes {i}th?",
+            "options": ["a cup", "a pen"],
+            "answer": 1,
+            "categories": {"scene": "kitchen" if i < 4 else "street"},
+        }
+        for i in range(10)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_results_of_the_evaluation_are_read(tmp_path, questions, capsys):
+    a = evaluated(tmp_path / "few", questions, list("AABABAAABB"), frames=8)
+    b = evaluated(tmp_path / "many", questions, [*"BBBBBBBA", None, ""], frames=32)
+    assert compare_command.main([str(a), str(b), f"--out={tmp_path / 'out'}"]) == 0
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "out" / "comparison.md").read_text()
+    assert "| frames.max_frames | 8 | 32 |" in text
+    assert "- own, many: no answer found in 1 of 10 outputs (wrong)" in text
+    assert "- own, many: 1 videos could not be read; 1 items count as wrong:" in text
+    rows = {
+        (r["category"], r["value"], r["result"]): r
+        for r in csv.DictReader((tmp_path / "out" / "accuracy.csv").open())
+    }
+    for where, few, many in (
+        (("all", ""), 0.4, 0.7),
+        (("scene", "kitchen"), 0.25, 1),
+        (("scene", "street"), 0.5, 0.5),
+    ):
+        assert float(rows[(*where, "few")]["accuracy"]) == pytest.approx(few)
+        assert float(rows[(*where, "many")]["accuracy"]) == pytest.approx(many)
+    assert rows["all", "", "few"]["videos"] == "5"
+    (pair,) = [
+        r
+        for r in csv.DictReader((tmp_path / "out" / "paired.csv").open())
+        if r["category"] == "all"
+    ]
+    assert (pair["first_only"], pair["second_only"]) == ("2", "5")
+    # Sums of d of the five videos, which have two items each.
+    expected = stats.ttest_1samp(np.asarray([2, 1, 1, 1, -2]) / 2, 0)
+    assert float(pair["p"]) == pytest.approx(expected.pvalue)
+    (first, _) = compare_results.read([a, b])
+    assert first.tasks["own"].latency == 2.0 and first.tasks["own"].visual_tokens == 32
+
+
+def test_folders_that_hold_no_result(tmp_path, questions, capsys):
+    a = evaluated(tmp_path / "a", questions, list("AB"))
+    (tmp_path / "empty").mkdir()
+    begun = tmp_path / "begun"
+    Samples(begun / "own", {"frames": 8}).close()
+    other = evaluated(tmp_path / "other", questions, list("AB"))
+    result_file = other / "own" / "result.json"
+    result_file.write_text(result_file.read_text().replace('"format": 1', '"format": 9'))
+    broken = evaluated(tmp_path / "broken", questions, list("AB"))
+    (broken / "own" / "samples.jsonl").write_text('{"id": "0"}\n')
+
+    def error(*folders):
+        assert compare_command.main([str(f) for f in folders]) == 1
+        return capsys.readouterr().err
+
+    assert "empty holds no TASK/result.json: give" in error(a, tmp_path / "empty")
+    assert "own is not finished" in error(a, begun)
+    assert "is the folder of one task: give" in error(a, a / "own")
+    assert "nowhere is no folder" in error(a, tmp_path / "nowhere")
+    assert "given twice" in error(a, a)
+    assert "at least two" in error(a)
+    assert "format 9, not 1: evaluate again" in error(a, other)
+    assert "broken/own is no result of storm_jax.evaluate (KeyError: 'credit')" in error(a, broken)
+    with pytest.raises(SystemExit, match="2"):
+        compare_command.main([])
+
+
+def test_folders_of_the_same_name_and_other_annotations(tmp_path, questions, capsys):
+    a = evaluated(tmp_path / "x" / "out", questions, list("AABB"))
+    questions.write_text(questions.read_text().replace("a pen", "the pen"))
+    b = evaluated(tmp_path / "y" / "out", questions, list("AABB"))
+    names = [result.name for result in compare_results.read([a, b])]
+    assert names == [str(a), str(b)]
+    assert compare_command.main([str(a), str(b)]) == 1
+    assert "own: item 0 is another question in" in capsys.readouterr().err
