@@ -5,6 +5,10 @@ import io
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from storm_jax.evaluation.compare import Answer, CompareError, Result, TaskResul
 from storm_jax.evaluation.compare_plots import draw
 from storm_jax.evaluation.compare_report import accuracy_csv, markdown, paired_csv
 from storm_jax.evaluation.results import Samples, write_result
+
+ROOT = Path(__file__).parents[2]
 
 # -------------------------------------------------------------------------------------- statistics
 
@@ -370,3 +376,19 @@ def test_folders_of_the_same_name_and_other_annotations(tmp_path, questions, cap
     assert names == [str(a), str(b)]
     assert compare_command.main([str(a), str(b)]) == 1
     assert "own: item 0 is another question in" in capsys.readouterr().err
+
+
+def test_it_is_a_command_of_evaluate(tmp_path, questions):
+    """Without the flags that an evaluation needs."""
+    folders = [
+        str(evaluated(tmp_path / n, questions, list(o))) for n, o in (("a", "AB"), ("b", "BB"))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "storm_jax.evaluate", "compare", *folders],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# Comparison of a, b\n")
