@@ -116,7 +116,7 @@ def run() -> None:
     if _RETRY.value and _PROCESSES.value > 1:
         raise UsageError("--retry_failed changes what all processes read; run it with one")
     place = runner.Place(Path(_DATA.value), Path(_OUT.value), _PROCESS.value, _PROCESSES.value)
-    wanted = tasks.named(_TASKS.value)
+    wanted = tasks.named(str(_TASKS.value))
     asking = asked()
     try:
         groups = runner.device_groups(_PER_ENGINE.value)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 _LEAST = 24  # characters of repetition: "1, 1, 1" and "ha ha ha" are answers
-_LEAST_TIMES = 4
+_LEAST_TIMES = 3.5  # the last one may be cut off
 
 
 def faults(output: str, finite: bool, finish: str) -> list[str]:
@@ -28,13 +28,13 @@ def faults(output: str, finite: bool, finish: str) -> list[str]:
 
 
 def repeats(text: Sequence) -> bool:
-    """Whether a text ends with at least four times the same piece, 24 characters in all.
+    """Whether a text ends with three and a half times the same piece or more, 24 characters in all.
 
-    A last piece may be cut off: what the longest allowed answer ends with.
+    The last piece may be cut off, as where the longest allowed answer ends.
     """
     n = len(text)
     # The tail has period p if it equals itself p places further on.
-    for period in range(1, n // _LEAST_TIMES + 1):
+    for period in range(1, int(n / _LEAST_TIMES) + 1):
         same = 0
         while same < n - period and text[n - 1 - same] == text[n - 1 - same - period]:
             same += 1

@@ -195,7 +195,12 @@ def context_for(runs: Sequence[TaskRun], given: int) -> int:
             f" --context={given}: {task}, item {item} needs {longest} tokens; take fewer --frames,"
             f" more --temporal_sampling, or --context={longest}"
         )
-    return given or -(-longest // 64) * 64
+    return given or rounded(longest)
+
+
+def rounded(tokens: int) -> int:
+    """A context that holds them; few different ones, since programs are compiled for each."""
+    return -(-tokens // 64) * 64
 
 
 def engines_for(
