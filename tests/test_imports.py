@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Modules of storm_jax that nothing imports.
-COMMANDS = {"compile", "convert", "generate", "serve", "stream", "train"}
+COMMANDS = {"compile", "convert", "evaluate", "generate", "serve", "stream", "train"}
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "data": {"config", "frames"},
     "chips": set(),
     "answer_flags": {"inference"},
+    "option_flags": {"inference"},
     "cache_flag": {"training"},
     "flops": {"chips", "config", "models"},
     "workdir": {"config", "parallel"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
     "inference": {"checkpoint", "config", "data", "frames", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
-    "evaluation": {"config", "data", "frames"},
+    "evaluation": {"checkpoint", "config", "data", "frames", "inference", "workdir"},
     "serving": {"config", "data", "inference"},
 }
 # Files that an export carries: they stand alone there, side by side.

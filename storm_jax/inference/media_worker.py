@@ -7,7 +7,7 @@ It says True when it is ready. Then requests come pickled through standard input
 through standard output, one each:
 
     ("open", media, frame_config, size, max_pixels, timeout)
-                                                  ->  times float64 [F]; what was open is closed
+                            ->  `SampledMedium`'s times and duration; what was open is closed
     ("read", first, last, timeout)                ->  frames uint8 [n, size, size, 3]
     ("close",)                                    ->  None
 
@@ -44,7 +44,7 @@ class _Requests:
                     file = self._held.enter_context(media.data.open())
                     media = replace(media, data=file)
                 self._medium = SampledMedium(media, frames, size, timeout, max_pixels)
-                return self._medium.times
+                return self._medium.times, self._medium.duration
             case ("read", first, last, timeout):
                 assert self._medium is not None, "read before open"
                 return self._medium.read(first, last, timeout)[0]
