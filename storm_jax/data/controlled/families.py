@@ -110,8 +110,8 @@ class Direction(Family):
         word, exact, side = question.options[answer], tint(rng, colour), layout.side(rng)
         first = layout.group * int(rng.integers(layout.groups))
         travel = rng.uniform(0.45, 0.6) * layout.size
-        start, across = layout.place(rng)
-        along = start * (layout.size - side - travel) + np.linspace(0, travel, layout.group)
+        across = layout.lane(rng)
+        along = rng.random() * (layout.size - side - travel) + np.linspace(0, travel, layout.group)
         contents = _empty(layout)
         for i, position in enumerate(np.rint(along).astype(int).tolist()):
             other = int(across * (layout.size - side + 1))
