@@ -9,13 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from storm_jax.data.controlled import fetch
+from storm_jax.data.controlled import fetch, oracle, statistics
 from storm_jax.data.controlled.__main__ import main
 from storm_jax.data.controlled.backgrounds import Background, Clips, Texture
 from storm_jax.data.controlled.clip import make_clip, perform, pose
 from storm_jax.data.controlled.families import FAMILIES
 from storm_jax.data.controlled.layout import Layout
-from storm_jax.data.controlled.oracle import answer
 from storm_jax.data.controlled.writing import DataSetError, Parameters, write_data_set
 from storm_jax.data.drawing import COLOURS, DIGITS, SHAPES, texture, write_video
 from storm_jax.data.formats.json_file import JsonFile
@@ -178,9 +177,9 @@ def test_the_pixels_show_the_answer(name, tmp_path, films):
                 clip = make_clip(family, i, 3, "test", layout, background)
                 frames = decoded(clip.frames, tmp_path)
                 question = clip.question
-                assert answer(name, question.text, question.options, frames) == clip.answer, (
-                    question.text
-                )
+                assert (
+                    oracle.answer(name, question.text, question.options, frames) == clip.answer
+                ), question.text
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -312,6 +311,19 @@ def test_written_data_set(tmp_path, films, capsys):
     before = {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in videos}
     main(argv)
     assert before == {name: os.stat(os.path.join(out, name)).st_mtime_ns for name in videos}
+    # What is said of it.
+    oracle.main([out])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " of " in line]
+    assert [(x[0], x[1]) for x in lines] == list(
+        itertools.product(("train", "test", "test_seen"), FAMILIES)
+    )
+    assert all(x[2] == x[4] == ("3" if x[0] == "train" else "2") for x in lines)
+    table = statistics.table(out)
+    assert table.startswith("train: 36 records of 8 frames") and table.count("| direction |") == 3
+    found = statistics.statistics(out)["test"]["direction"]
+    sizes = [os.path.getsize(f"{out}/videos/test_0000{i}.mp4") for i in ("00", "12")]
+    assert (found.records, found.questions, found.chance) == (2, 1, 0.5)
+    assert found.places == {0: 1, 1: 1} and found.video_bytes == sum(sizes) / 2
     with pytest.raises(SystemExit, match="frames is 8 there and 16 here"):
         main([*argv, "--frames=16"])
     with pytest.raises(SystemExit, match="another data set: kind is 'natural clips' there"):
@@ -344,6 +356,14 @@ def test_a_clip_is_the_same_whatever_else_the_data_set_holds():
         for f, i in ((("order",), 2), (("direction", "order"), 5))
     ]
     np.testing.assert_array_equal(clips[0].frames, clips[1].frames)
+
+
+def test_statistics_of_no_data_set(tmp_path):
+    with pytest.raises(SystemExit, match="is no folder of"):
+        statistics.main([str(tmp_path)])
+    (tmp_path / "dataset.json").write_text('{"complete": false}')
+    with pytest.raises(SystemExit, match="not finished"):
+        statistics.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize(
