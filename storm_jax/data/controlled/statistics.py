@@ -79,10 +79,11 @@ def _family(folder: str, records: list[dict]) -> FamilyStatistics:
 
 def table(folder: str) -> str:
     """The same as a table in Markdown, one for each split."""
+    found = statistics(folder)
     with open(os.path.join(folder, "dataset.json"), encoding="utf-8") as file:
         frames = json.load(file)["parameters"]["frames"]
     lines = []
-    for split, families in statistics(folder).items():
+    for split, families in found.items():
         lines += [
             f"{split}: {sum(f.records for f in families.values())} records of {frames} frames",
             "",
