@@ -237,9 +237,9 @@ def test_some_combinations_are_shown_in_the_test_only():
         layout, rng = Layout(held_out=held_out), np.random.default_rng(0)
         found = {(d, layout.colour_of_digit(rng, d)) for d in DIGITS for _ in range(40)}
         assert len(found) == (10 if held_out else 50)
-        for shape in SHAPES:
-            chosen = [set(layout.four_colours(rng, shape)) for _ in range(20)]
-            assert {len(c) for c in chosen} == {4}
+        for shape, count in itertools.product(SHAPES, (2, 4)):
+            chosen = [set(layout.some_colours(rng, shape, count)) for _ in range(20)]
+            assert {len(c) for c in chosen} == {count}
             own = set(layout.colours_of(shape))
             assert all(own <= c if held_out else c <= own for c in chosen)
 

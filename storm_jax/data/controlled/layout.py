@@ -69,12 +69,12 @@ class Layout:
         pairs = [(c, s) for s in SHAPES for c in self.colours_of(s) if c != other_than]
         return pairs[rng.integers(len(pairs))]
 
-    def four_colours(self, rng: np.random.Generator, shape: str) -> list[str]:
-        """Four colours, at least one of which the shape has in these clips only, if held out."""
+    def some_colours(self, rng: np.random.Generator, shape: str, count: int) -> list[str]:
+        """Different colours for a shape: those it has in these clips, then, if too few, others."""
         own = self.colours_of(shape)
-        chosen = [str(c) for c in rng.permutation(own)[:4]]
-        rest = [str(c) for c in rng.permutation([c for c in COLOURS if c not in own])]
-        return [str(c) for c in rng.permutation(chosen + rest[: 4 - len(chosen)])]
+        others = [c for c in COLOURS if c not in own]
+        chosen = [*rng.permutation(own), *rng.permutation(others)][:count]
+        return [str(c) for c in rng.permutation(chosen)]
 
     def colour_of_digit(self, rng: np.random.Generator, digit: str) -> str:
         """A colour that the digit has in these clips."""
