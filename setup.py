@@ -37,6 +37,7 @@ setup(
         "orbax-checkpoint>=0.12.4",
         "pyyaml>=6.0",
         "qwix>=0.1.8",  # weights in eight bits
+        "scipy>=1.13",  # Student's t distribution; JAX brings it too
         "safetensors>=0.6",  # bfloat16 as NumPy arrays
         "tensorboardX>=2.6",
         "tqdm>=4.66",

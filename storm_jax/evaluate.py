@@ -5,6 +5,10 @@ python -m storm_jax.evaluate --checkpoint=DIR --tasks=videomme,mlvu_dev --data=D
 Answers go to OUT/TASK/samples.jsonl, scores to OUT/TASK/result.json. A second start goes on where
 the first one stopped. docs/evaluation.md describes tasks, options and files.
 
+python -m storm_jax.evaluate compare OUT1 OUT2 ... [--out=DIR]
+
+puts results beside each other: tables, paired tests, plots.
+
 Exit status: 0 done; 1 data, checkpoint or results cannot be used, or videos are missing; 2 flags
 that cannot be; 3 too long for the context or the memory; 130 interrupted.
 """
@@ -20,7 +24,7 @@ from absl import app, flags, logging
 from storm_jax import answer_flags, cache_flag, checkpoint, option_flags
 from storm_jax.config import ConfigError
 from storm_jax.data import text
-from storm_jax.evaluation import report, runner, tasks
+from storm_jax.evaluation import compare_command, report, runner, tasks
 from storm_jax.evaluation.answering import Answering
 from storm_jax.evaluation.items import FAMILIES, Family, TaskError
 from storm_jax.evaluation.plan import Asking
@@ -219,4 +223,6 @@ def parse(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    if sys.argv[1:2] == ["compare"]:  # has none of the flags
+        sys.exit(compare_command.main(sys.argv[2:]))
     app.run(main, flags_parser=parse)

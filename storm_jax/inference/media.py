@@ -26,6 +26,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from storm_jax.data.conversation import Media
+from storm_jax.data.shared_file import shared
 from storm_jax.data.video import MediaError
 from storm_jax.frames import FrameConfig
 
@@ -86,14 +87,14 @@ class Decoders:
         """Starts decoding a medium; returns at once.
 
         Args:
-          media, frames, size, max_pixels: as of `data.video.sample`.
+          media, frames, size, max_pixels: as of `data.video.sample`. A file that is given open
+            stays so until the frames are closed; its position does not matter.
           timeout: seconds of decoding that the medium may take, those of all workers added up.
             Time that decoded frames wait to be taken does not count.
           chunk: frames that come together; fewer at the end of a stretch.
         """
         if media.data is not None and not isinstance(media.data, bytes):
-            media.data.seek(0)
-            media = replace(media, data=media.data.read())
+            media = replace(media, data=cast(Any, shared(media.data)))
         return Frames(self, media, frames, size, timeout, chunk, max_pixels)
 
     def clip(
@@ -231,6 +232,11 @@ class Frames(Iterator[np.ndarray]):
         self._start_more()
         return frames
 
+    @property
+    def seconds(self) -> float:
+        """What decoding has taken so far, all workers together."""
+        return self._spent
+
     def close(self) -> None:
         """Gives up what has not been taken; the file is closed as soon as no worker reads it.
 
@@ -355,6 +361,10 @@ class _Worker:
     def open(self, frames: Frames) -> None:
         """Opens a medium; what was open before is closed."""
         self.serves = None
+        if self._process.poll() is not None:  # died meanwhile, which is not this medium's fault
+            with self._lock:
+                self._end()
+            self._start()
         asked = *frames.source, frames.max_pixels, frames.timeout
         self.clip = Clip(*self._ask(frames, "open", *asked))
         self.serves, self._position = frames, 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from storm_jax.data.synthetic import write_video
+from storm_jax.data.drawing import write_video
 
 
 def video(path: Path, frames: int = 8) -> None:
