@@ -15,10 +15,10 @@ import pytest
 from scipy import stats
 
 from storm_jax.evaluation import compare_command, compare_results, paired, report, tasks
-from storm_jax.evaluation.answering import Outcome
 from storm_jax.evaluation.compare import Answer, CompareError, Result, TaskResult, compare
 from storm_jax.evaluation.compare_plots import draw
 from storm_jax.evaluation.compare_report import accuracy_csv, markdown, paired_csv
+from storm_jax.evaluation.requests import Outcome
 from storm_jax.evaluation.results import Samples, write_result
 
 ROOT = Path(__file__).parents[2]
