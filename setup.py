@@ -62,6 +62,8 @@ setup(
         # further formats of data sets
         "parquet": ["pyarrow>=16"],
         "tfds": ["tensorflow-datasets>=4.9.9"],  # needs no TensorFlow
+        # parquet copies of benchmarks, and plots of `compare` and `evidence`
+        "evaluate": ["matplotlib>=3.9", "pyarrow>=16"],
         "test": [
             "fastapi>=0.160",
             "httpx2>=2.16",
