@@ -19,7 +19,8 @@ import av
 import machine
 import numpy as np
 
-from storm_jax.data.synthetic import make_clip, write_video
+from storm_jax.data.drawing import write_video
+from storm_jax.data.synthetic import make_clip
 from storm_jax.data.video import decode, probe
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "decode.json")

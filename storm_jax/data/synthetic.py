@@ -31,31 +31,23 @@ from the same distribution by different random streams; no video is in both.
 """
 
 import argparse
-import fractions
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import av
 import numpy as np
 
+from storm_jax.data.drawing import paint, shape_mask, texture, tint, write_video
 from storm_jax.data.text import train_tokenizer
 
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 190, 60),
-    "blue": (50, 80, 230),
-    "yellow": (230, 210, 40),
-}
+COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("square", "disc", "triangle", "cross")
 CHANCE = {"direction": 1 / 2, "order": 1 / 2, "count": 1 / 3, "frame": 1 / 4}
 COUNTS = (1, 2, 3)
-FPS = 8  # frames per second of the files
 VOCABULARY = 384  # ids of the tokenizer: 256 bytes, 8 special tokens, the words
 
 _OPPOSITES = (("left", "right"), ("up", "down"))
-_QUANTISER = 14  # of H.264: 0 is lossless, 51 the worst
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ def _direction(
     first = group * int(rng.integers(len(canvas) // group))
     for i, position in enumerate(along[::-1] if backward else along):
         x, y = (position, across) if words[0] == "left" else (across, position)
-        _draw(canvas[first + i], shape, colour, x, y, side)
+        paint(canvas[first + i], shape_mask(shape, side), colour, x, y)
     return f"Did the {name} move {words[0]} or {words[1]}?", words[0 if backward else 1]
 
 
@@ -112,7 +104,7 @@ def _order(item: int, rng: np.random.Generator, canvas: np.ndarray, group: int) 
     for (_, colour, shape, side), g in zip(objects, when, strict=True):
         x, y = rng.integers(canvas.shape[1] - side + 1, size=2)
         for frame in canvas[g * group : (g + 1) * group]:
-            _draw(frame, shape, colour, x, y, side)
+            paint(frame, shape_mask(shape, side), colour, x, y)
     names = [name for name, *_ in objects]
     asked = names if item % 2 == 0 else names[::-1]
     return f"Which came first, the {asked[0]} or the {asked[1]}?", names[0]
@@ -130,7 +122,7 @@ def _count(item: int, rng: np.random.Generator, canvas: np.ndarray, group: int) 
     at = 0
     for gap, flash in zip(gaps, flashes, strict=False):
         for frame in canvas[at + gap : at + gap + flash]:
-            _draw(frame, shape, colour, x, y, side)
+            paint(frame, shape_mask(shape, side), colour, x, y)
         at += gap + flash
     options = ", ".join(map(str, COUNTS[:-1])) + f" or {COUNTS[-1]}"
     return f"How many times did the {name} flash, {options}?", str(count)
@@ -149,7 +141,7 @@ def _frame(item: int, rng: np.random.Generator, canvas: np.ndarray, group: int) 
     turn = names.index(answer) - names.index(shown[asked])
     for frame, colour in zip(canvas, shown, strict=True):
         colour = names[(names.index(colour) + turn) % len(names)]
-        _draw(frame, shape, _tint(rng, colour), x, y, side)
+        paint(frame, shape_mask(shape, side), tint(rng, colour), x, y)
     options = ", ".join(names[:-1]) + f" or {names[-1]}"
     return f"Which colour is the {shape} in frame {asked + 1} of {len(canvas)}: {options}?", answer
 
@@ -164,32 +156,13 @@ def _object(
     colour = colour or str(rng.choice(list(COLOURS)))
     shape = str(rng.choice(SHAPES))
     side = int(rng.integers(round(0.22 * size), round(0.34 * size) + 1))
-    return f"{colour} {shape}", _tint(rng, colour), shape, side
-
-
-def _tint(rng: np.random.Generator, colour: str) -> np.ndarray:
-    return np.clip(np.array(COLOURS[colour]) + rng.integers(-25, 26, 3), 0, 255)
-
-
-def _draw(frame: np.ndarray, shape: str, colour: np.ndarray, x: int, y: int, side: int) -> None:
-    """Paints a shape with its upper left corner at (x, y) into float [H, W, 3], in place."""
-    v, u = (np.mgrid[:side, :side] + 0.5) / side * 2 - 1  # -1 .. 1, downwards and to the right
-    mask = {
-        "square": np.ones_like(u, bool),
-        "disc": u**2 + v**2 <= 1,
-        "triangle": 2 * np.abs(u) <= v + 1,
-        "cross": (np.abs(u) < 0.4) | (np.abs(v) < 0.4),
-    }[shape]
-    frame[y : y + side, x : x + side][mask] = colour
+    return f"{colour} {shape}", tint(rng, colour), shape, side
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """A muted picture, float [size, size, 3]: noise whose spectrum falls as in natural images."""
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size))) + 1 / size
-    wave = np.fft.fft2(rng.normal(size=(size, size))) / frequency ** rng.uniform(0.0, 2.0)
-    texture = np.fft.ifft2(wave).real
-    texture = (texture - texture.mean()) / (texture.std() + 1e-9)
-    grey = rng.uniform(90, 150) + rng.uniform(0, 10) * texture
+    shades = texture(rng, size)
+    grey = rng.uniform(90, 150) + rng.uniform(0, 10) * shades
     return grey[:, :, None] + rng.uniform(-8, 8, 3)
 
 
@@ -200,23 +173,6 @@ def _partition(rng: np.random.Generator, total: int, parts: int) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------- writing
-
-
-def write_video(path: str, frames: np.ndarray, fps: int = FPS) -> None:
-    """Writes uint8 [F, H, W, 3] as H.264 in mp4, every frame a key frame at one quantiser.
-
-    H and W are even (chroma is stored at half the resolution).
-    """
-    with av.open(path, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fractions.Fraction(fps))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # starting threads takes longer than the work
-        stream.options = {"preset": "superfast", "tune": "zerolatency", "qp": str(_QUANTISER)}
-        stream.codec_context.gop_size = 1
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def write_split(

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from storm_jax.data.synthetic import write_video
+from storm_jax.data.drawing import write_video
 from tests.commands.conftest import ROOT, command_environment, training
 from tests.compilation import SHARED
 from tests.data.media_files import write

@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from storm_jax.config import SourceConfig
-from storm_jax.data.synthetic import write_video
+from storm_jax.data.drawing import write_video
 
 
 def clip(count, seed):

@@ -10,11 +10,11 @@ import pytest
 
 from storm_jax.config import VISUAL, DataConfig, FrameConfig, SourceConfig
 from storm_jax.data import pipeline, text, video
+from storm_jax.data.drawing import write_video
 from storm_jax.data.formats.json_file import JsonFile
 from storm_jax.data.load import LoadMeter
 from storm_jax.data.records import Media
 from storm_jax.data.sources import DataError
-from storm_jax.data.synthetic import write_video
 from tests.data.record_files import clip, make_set, record, write_image, write_records
 from tests.data.small_model import small_model
 

@@ -4,8 +4,9 @@ import os
 import numpy as np
 import pytest
 
+from storm_jax.data.drawing import write_video
 from storm_jax.data.formats.json_file import JsonFile
-from storm_jax.data.synthetic import CHANCE, main, make_clip, write_split, write_video
+from storm_jax.data.synthetic import CHANCE, main, make_clip, write_split
 from storm_jax.data.video import decode, probe
 
 GROUP = 4

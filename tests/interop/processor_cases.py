@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storm_jax.data import synthetic, text
+from storm_jax.data import text
 from storm_jax.data.conversation import Media
+from storm_jax.data.drawing import write_video
 from storm_jax.frames import FrameConfig
 from tests.data.media_files import picture, write
 
@@ -19,7 +20,7 @@ H264 = {"g": "12", "bf": "3", "preset": "veryfast"}
 def write_media(folder: Path) -> None:
     """Videos, images and folders of frames."""
     rng = np.random.default_rng(0)
-    synthetic.write_video(str(folder / "synthetic.mp4"), synthetic_frames(rng))
+    write_video(str(folder / "synthetic.mp4"), synthetic_frames(rng))
     write(folder / "long.mp4", 90, options=H264)
     gaps = rng.integers(20, 300, 60)
     write(folder / "variable.mp4", 60, options=H264, pts=[int(x) for x in np.cumsum(gaps)])

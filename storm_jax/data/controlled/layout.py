@@ -1,0 +1,122 @@
+"""What every clip of a data set has in common, and which appearances training never shows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from storm_jax.data.drawing import COLOURS, SHAPES, digit_mask, shape_mask, tint
+
+SLOTS = 4  # moments in a group: a group is a multiple of them long
+_CELLS = 4  # positions are held out by cells of a 4 x 4 grid
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """A mask with its colour and the position of its upper left corner, in pixels."""
+
+    mask: np.ndarray  # bool [h, w]
+    colour: np.ndarray  # int [3]
+    x: int
+    y: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the clips, and whether they show what training holds out.
+
+    Attributes:
+      frames: in a clip, a multiple of `group`, two groups or more.
+      size: side of a frame in pixels, even, at least 40.
+      group: consecutive frames that a model may average, a multiple of 4. What holds for the means
+        of these groups holds for the means of any whole number of them.
+      held_out: False: combinations of colour and shape, and positions, that training shows. True:
+        only those that it never shows.
+    """
+
+    frames: int = 8
+    size: int = 48
+    group: int = 4
+    held_out: bool = False
+
+    def __post_init__(self):
+        if self.group < SLOTS or self.group % SLOTS:
+            raise ValueError(
+                f"group={self.group} must be a multiple of {SLOTS}: every group shows {SLOTS}"
+                " moments, each for the same number of frames"
+            )
+        if self.frames % self.group or self.frames < 2 * self.group:
+            raise ValueError(
+                f"frames={self.frames} must be a multiple of group={self.group}, two groups or more"
+            )
+        if self.size < 40 or self.size % 2:
+            raise ValueError(
+                f"size={self.size} must be even, and at least 40 pixels: digits are unreadable"
+                " in smaller frames"
+            )
+
+    @property
+    def groups(self) -> int:
+        return self.frames // self.group
+
+    # ------------------------------------------------------------------------------- appearances
+
+    def colours_of(self, shape: str) -> list[str]:
+        """Colours that the shape has in these clips."""
+        return [c for c in COLOURS if _unseen(SHAPES.index(shape), c) == self.held_out]
+
+    def subject(self, rng: np.random.Generator, other_than: str = "") -> tuple[str, str]:
+        """A colour, not the one named, and a shape."""
+        pairs = [(c, s) for s in SHAPES for c in self.colours_of(s) if c != other_than]
+        return pairs[rng.integers(len(pairs))]
+
+    def four_colours(self, rng: np.random.Generator, shape: str) -> list[str]:
+        """Four colours, at least one of which the shape has in these clips only, if held out."""
+        own = self.colours_of(shape)
+        chosen = [str(c) for c in rng.permutation(own)[:4]]
+        rest = [str(c) for c in rng.permutation([c for c in COLOURS if c not in own])]
+        return [str(c) for c in rng.permutation(chosen + rest[: 4 - len(chosen)])]
+
+    def colour_of_digit(self, rng: np.random.Generator, digit: str) -> str:
+        """A colour that the digit has in these clips."""
+        return str(rng.choice([c for c in COLOURS if _unseen(int(digit), c) == self.held_out]))
+
+    # --------------------------------------------------------------------------------- positions
+
+    def place(self, rng: np.random.Generator) -> np.ndarray:
+        """A position of these clips as two fractions of the room there is, float [2] in [0, 1)."""
+        while True:
+            place = rng.random(2)
+            column, row = (place * _CELLS).astype(int)
+            if ((column + 2 * row) % _CELLS == 0) == self.held_out:
+                return place
+
+    def shape_at(
+        self, place: np.ndarray, side: int, shape: str, colour: np.ndarray, rows: float = 1.0
+    ) -> Sprite:
+        """A shape at such a position; `rows`: share of the frame's height, from its top."""
+        room = np.array([self.size, int(self.size * rows)]) - side
+        x, y = (place * (room + 1)).astype(int)
+        return Sprite(shape_mask(shape, side), colour, int(x), int(y))
+
+    def digit_at(self, place: np.ndarray, digit: str, colour: np.ndarray) -> Sprite:
+        """A digit, about 0.4 of the frame high, at such a position."""
+        mask = digit_mask(digit, round(0.4 * self.size / 7))
+        x, y = (place * (self.size - np.array(mask.shape[::-1]) + 1)).astype(int)
+        return Sprite(mask, colour, int(x), int(y))
+
+    def side(self, rng: np.random.Generator) -> int:
+        """Side of a shape in pixels, a quarter to a third of the frame."""
+        return int(rng.integers(round(0.25 * self.size), round(0.34 * self.size) + 1))
+
+    def sprite(self, rng: np.random.Generator, colour: str, shape: str) -> Sprite:
+        """A shape of random exact colour, size and position."""
+        return self.shape_at(self.place(rng), self.side(rng), shape, tint(rng, colour))
+
+    def digit(self, rng: np.random.Generator, digit: str) -> Sprite:
+        """A digit of random colour and position."""
+        return self.digit_at(self.place(rng), digit, tint(rng, self.colour_of_digit(rng, digit)))
+
+
+def _unseen(thing: int, colour: str) -> bool:
+    """Whether training never shows thing number `thing` (a shape, a digit) in this colour."""
+    return thing % len(COLOURS) == list(COLOURS).index(colour)
