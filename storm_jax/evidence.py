@@ -1,0 +1,120 @@
+"""The paper's ablations on the controlled benchmark, as one command.
+
+python -m storm_jax.evidence --grid=core --out=DIR            everything that is missing, the report
+python -m storm_jax.evidence --grid=core --part=table4 ...    one of table3, table4, table5, table7
+python -m storm_jax.evidence --report --out=DIR --docs=docs/evidence.md    the report alone
+python -m storm_jax.evidence --grid=smoke --out=DIR           two minutes on a CPU: the machinery
+
+Videos are written and decoded into --data (default OUT/data) once. Each grid point, five seeds at
+once, leaves OUT/runs/NAME.json, then OUT/timing/NAME.json; the same command again does what is
+missing and refuses results of another recipe. docs/evidence.md says what is tested and how it is
+decided.
+
+Exit status: 0 done; 1 a grid point failed (the others are done); 2 arguments, data or results that
+cannot be used.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+from storm_jax.evidence_grid import clips
+from storm_jax.evidence_grid.grids import GRIDS
+from storm_jax.evidence_grid.recipe import EvidenceError
+from storm_jax.evidence_grid.workers import run_all, say
+
+DONE, FAILED, USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = _arguments(argv)
+    try:
+        return _report(args) if args.report else _run(args)
+    except EvidenceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m storm_jax.evidence",
+        description="The paper's ablations on a controlled benchmark of mp4 files.",
+    )
+    add = parser.add_argument
+    add("--grid", choices=sorted(GRIDS), default="core", help="which experiment")
+    add("--out", required=True, help="folder of results")
+    add("--part", default="", help="table3, table4, table5 or table7 (default: all)")
+    add("--only", default="", help="names of grid points, separated by commas (default: all)")
+    add("--data", default="", help="folder of videos (default: OUT/data)")
+    add("--backgrounds", default="", help="folder of videos to show behind the objects")
+    add("--workers", type=int, default=4, help="grid points that share the device")
+    add("--decoders", type=int, default=0, help="processes that write videos (default: one a core)")
+    add("--short_steps", type=int, default=0, help="steps of the first stage (default: the grid's)")
+    add("--long_steps", type=int, default=0, help="steps of the second stage")
+    add("--seeds", type=int, default=0, help="seeds (default: the grid's)")
+    add("--prepare", action="store_true", help="only write and decode the videos")
+    add("--report", action="store_true", help="only the report, from what is there")
+    add("--latency", default="", help="JSON of benchmarks/latency.py for table 13")
+    add("--docs", default="", help="page to complete, docs/evidence.md")
+    add("--noplots", action="store_true", help="no plots (they need matplotlib)")
+    return parser.parse_args(argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.workers < 1:
+        raise EvidenceError(f"--workers={args.workers}: at least one process is needed")
+    grid = GRIDS[args.grid]
+    if args.backgrounds:
+        grid = dataclasses.replace(
+            grid, videos=dataclasses.replace(grid.videos, backgrounds=args.backgrounds)
+        )
+    if args.short_steps:
+        grid = dataclasses.replace(
+            grid, short=dataclasses.replace(grid.short, steps=args.short_steps)
+        )
+    if args.long_steps:
+        longer = {f: dataclasses.replace(s, steps=args.long_steps) for f, s in grid.long.items()}
+        grid = dataclasses.replace(grid, long=longer)
+    if args.seeds:
+        grid = dataclasses.replace(grid, seeds=args.seeds)
+    recipes = grid.recipes(args.part)
+    if args.only:
+        names = args.only.split(",")
+        unknown = sorted(set(names) - {recipe.point.name for recipe in recipes})
+        if unknown:
+            raise EvidenceError(
+                f"--only={','.join(unknown)}: the points are"
+                f" {', '.join(recipe.point.name for recipe in recipes)}"
+            )
+        recipes = [recipe for recipe in recipes if recipe.point.name in names]
+    data = args.data or os.path.join(args.out, "data")
+    say(f"writing and decoding videos in {data}")
+    clips.prepare(data, grid.videos, args.decoders)
+    if args.prepare:
+        return DONE
+    cache = os.path.join(args.out, "compiled")
+    failed = run_all(recipes, data, args.out, args.workers, cache, "runs")
+    done = [r for r in recipes if not any(f.startswith(f"{r.point.name}:") for f in failed)]
+    failed += run_all(done, data, args.out, 1, cache, "timing")
+    if len(failed) < len(recipes):
+        _report(args)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return FAILED if failed else DONE
+
+
+def _report(args: argparse.Namespace) -> int:
+    from storm_jax.evidence_grid import report
+
+    for line in report.write(args.out, args.latency, args.docs, not args.noplots):
+        print(line)
+    say(f"tables and plots are in {os.path.join(args.out, 'report')}")
+    return DONE
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    sys.exit(main())

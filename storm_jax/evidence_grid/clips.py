@@ -1,0 +1,147 @@
+"""The videos of a grid: written once, decoded once by the project's own reader, kept as arrays."""
+
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from storm_jax.config import SourceConfig
+from storm_jax.data import video
+from storm_jax.data.controlled.writing import DataSetError, Parameters, write_data_set
+from storm_jax.data.conversation import Turn
+from storm_jax.data.open_records import open_records
+from storm_jax.evidence_grid.recipe import SPLITS, EvidenceError, Videos
+from storm_jax.frames import FrameConfig
+
+_TIMEOUT = 30.0  # seconds a file
+
+
+@dataclass(frozen=True)
+class Clips:
+    """One split of one data set.
+
+    Attributes:
+      frames: uint8 [N, F, H, W, 3], every frame of every clip; memory-mapped.
+      turns: the conversation about each clip.
+      tasks: family and scale of each clip, "direction/4"; of short clips the family alone.
+      options: how many each question has.
+    """
+
+    frames: np.ndarray
+    turns: tuple[tuple[Turn, ...], ...]
+    tasks: tuple[str, ...]
+    options: np.ndarray
+
+
+def folders(data: str, videos: Videos) -> dict[str, Parameters]:
+    """The data sets of a grid: folder -> parameters."""
+    of_all = dict(
+        families=videos.families,
+        size=videos.size,
+        seed=videos.seed,
+        backgrounds=videos.backgrounds,
+    )
+    found = {
+        os.path.join(data, "short"): Parameters(
+            train=videos.short_train,
+            test=0,
+            test_seen=0,
+            frames=videos.short_frames,
+            group=videos.short_frames // 2,
+            **of_all,
+        )
+    }
+    for scale in videos.scales:
+        found[os.path.join(data, f"long_{scale}")] = Parameters(
+            train=videos.train,
+            test=videos.test,
+            test_seen=videos.test,
+            frames=videos.frames,
+            group=scale,
+            **of_all,
+        )
+    return found
+
+
+def prepare(data: str, videos: Videos, workers: int = 0) -> None:
+    """Writes the videos and their decoded frames, or leaves what is there.
+
+    Raises:
+      EvidenceError: a folder holds another data set, or a video cannot be read.
+    """
+    for folder, parameters in folders(data, videos).items():
+        try:
+            write_data_set(folder, parameters, workers)
+        except DataSetError as error:
+            raise EvidenceError(str(error)) from error
+        for split in ("train", *SPLITS):
+            if getattr(parameters, split):
+                _decode(folder, split, parameters, workers)
+
+
+def load(folder: str, split: str) -> Clips:
+    """A split that `prepare` made."""
+    records = _records(folder, split)
+    with open(os.path.join(folder, f"{split}.jsonl"), encoding="utf-8") as file:
+        options = [len(json.loads(line)["options"]) for line in file]
+    name = os.path.basename(folder)
+    suffix = "/" + name.removeprefix("long_") if name.startswith("long_") else ""
+    return Clips(
+        np.load(_array(folder, split), mmap_mode="r"),
+        tuple(record.turns for record in records),
+        tuple(record.task + suffix for record in records),
+        np.array(options),
+    )
+
+
+def joined(parts: list[Clips], frames: int) -> Clips:
+    """Several splits as one, with `frames` frames of each clip by the project's sampling rule."""
+    length = parts[0].frames.shape[1]
+    picks = video.spread(length, frames)
+    return Clips(
+        np.concatenate([part.frames[:, picks] for part in parts]),
+        tuple(turns for part in parts for turns in part.turns),
+        tuple(task for part in parts for task in part.tasks),
+        np.concatenate([part.options for part in parts]),
+    )
+
+
+def _records(folder: str, split: str):
+    (part,) = open_records(SourceConfig(os.path.join(folder, f"{split}.jsonl")))
+    return [part.records[int(i)] for i in part.chosen]
+
+
+def _array(folder: str, split: str) -> str:
+    return os.path.join(folder, f"{split}.npy")
+
+
+def _decode(folder: str, split: str, parameters: Parameters, workers: int) -> None:
+    path = _array(folder, split)
+    if os.path.exists(path):
+        return
+    media = [record.media[0] for record in _records(folder, split)]
+    shape = (len(media), parameters.frames, parameters.size, parameters.size, 3)
+    array = np.lib.format.open_memmap(path + ".part", "w+", np.uint8, shape)
+    count = workers or os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        cut = FrameConfig(parameters.frames)
+        jobs = [(medium, cut, parameters.size) for medium in media]
+        for i, frames in enumerate(pool.map(_sample, jobs, chunksize=16)):
+            if len(frames) != parameters.frames:
+                raise EvidenceError(
+                    f"{media[i].path} has {len(frames)} frames, not {parameters.frames}; remove"
+                    f" {folder} and run again"
+                )
+            array[i] = frames
+    array.flush()
+    del array
+    os.replace(path + ".part", path)
+
+
+def _sample(job) -> np.ndarray:
+    media, frames, size = job
+    return video.sample(media, frames, size, _TIMEOUT)[0]

@@ -1,0 +1,135 @@
+"""The grids: which models each of the paper's tables compares, and how they are trained."""
+
+from dataclasses import dataclass
+
+from storm_jax.evidence_grid.recipe import (
+    EvidenceError,
+    Mixer,
+    Point,
+    Recipe,
+    Sizes,
+    Stage,
+    Videos,
+)
+
+CONTROLS: tuple[Mixer, ...] = ("mlp", "attention", "convolution")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A named grid.
+
+    Attributes:
+      parts: which points belong to which part; several parts share points.
+      short: the first stage, the same for all points.
+      long: the second stage, by the number of frames.
+    """
+
+    name: str
+    parts: dict[str, tuple[Point, ...]]
+    videos: Videos
+    sizes: Sizes
+    short: Stage
+    long: dict[int, Stage]
+    seeds: int
+
+    def recipes(self, part: str) -> list[Recipe]:
+        """Of one part, or of all for ""; the costliest first.
+
+        Raises:
+          EvidenceError: there is no such part.
+        """
+        if part and part not in self.parts:
+            raise EvidenceError(
+                f"--part={part}: grid {self.name} has the parts {', '.join(self.parts)}"
+            )
+        chosen = self.parts.values() if not part else [self.parts[part]]
+        points = sorted({p for points in chosen for p in points}, key=_cost, reverse=True)
+        return [
+            Recipe(p, self.videos, self.sizes, self.short, self.long[p.frames], self.seeds)
+            for p in points
+        ]
+
+
+def _cost(point: Point) -> tuple:
+    return point.frames, point.mixer == "mamba", point.name
+
+
+def _table4() -> tuple[Point, ...]:
+    """8 frames unpooled, 32 and 128 with temporal pooling, as in the paper's tables 4 and 10."""
+    mixers: tuple[Mixer, ...] = ("none", "mamba", *CONTROLS)
+    return tuple(
+        Point(mixer, pool, 1, frames)
+        for mixer in mixers
+        for pool, frames in ((1, 8), (4, 32), (4, 128))
+    )
+
+
+def _table5() -> tuple[Point, ...]:
+    mixers: tuple[Mixer, ...] = ("none", "mamba")
+    return tuple(
+        Point(mixer, temporal, spatial, 32)
+        for mixer in mixers
+        for temporal in (1, 4)
+        for spatial in (1, 2)
+    )
+
+
+def _table3() -> tuple[Point, ...]:
+    return tuple(
+        Point("mamba", temporal, spatial, frames)
+        for temporal, spatial in ((4, 1), (1, 2))
+        for frames in (32, 128)
+    )
+
+
+def _table7() -> tuple[Point, ...]:
+    return tuple(
+        Point(mixer, 4, 1, frames, direction)
+        for mixer, direction in (
+            ("none", "bidirectional"),
+            ("mamba", "forward"),
+            ("mamba", "bidirectional"),
+        )
+        for frames in (32, 128)
+    )
+
+
+CORE = Grid(
+    name="core",
+    parts={"table4": _table4(), "table5": _table5(), "table3": _table3(), "table7": _table7()},
+    videos=Videos(
+        families=("direction", "order", "needle", "colour"),
+        frames=128,
+        scales=(4, 16, 64),
+        train=2000,
+        test=480,
+        short_train=12_000,
+        short_frames=8,
+    ),
+    sizes=Sizes(),
+    short=Stage(steps=3000, batch=64, rate=2e-3),
+    long={frames: Stage(steps=1500, batch=32, rate=1e-3) for frames in (8, 32, 128)},
+    seeds=5,
+)
+
+# Exercises every piece in about two minutes on two cores; says nothing about the claims.
+SMOKE = Grid(
+    name="smoke",
+    parts={"table4": (Point("none", 4, 1, 32), Point("mamba", 4, 1, 32), Point("mamba", 1, 1, 8))},
+    videos=Videos(
+        families=("direction", "colour"),
+        frames=32,
+        scales=(4, 16),
+        train=48,
+        test=16,
+        short_train=64,
+        short_frames=8,
+    ),
+    sizes=Sizes(width=32),
+    short=Stage(steps=8, batch=8, rate=2e-3),
+    long={frames: Stage(steps=4, batch=8, rate=1e-3) for frames in (8, 32)},
+    seeds=2,
+)
+
+GRIDS = {grid.name: grid for grid in (CORE, SMOKE)}

@@ -1,0 +1,244 @@
+"""What one grid point is made of: videos, model, and the two stages of its training.
+
+Every number that a result depends on is a field here, and is written beside the result.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from storm_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PartRates,
+    ProjectorConfig,
+    RematConfig,
+    RunConfig,
+    SourceConfig,
+    TemporalConfig,
+    TrainConfig,
+    VitConfig,
+)
+from storm_jax.frames import FrameConfig, ReductionConfig
+
+Mixer = Literal["none", "mamba", "mlp", "attention", "convolution"]
+SAMPLING = 2  # the paper's temporal sampling keeps every second pooled frame, at test time
+SPLITS = ("test_seen", "test")  # drawn as the training clips; appearances that training holds out
+
+
+class EvidenceError(ValueError):
+    """A grid, data or output folder that cannot be used; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Videos:
+    """The clips of `data.controlled` that all grid points share.
+
+    Attributes:
+      frames: of a long clip; models see `Point.frames` of them, evenly spaced.
+      scales: lengths of the events in long clips, in frames of the clip (`group` of the generator):
+        one data set each.
+      train, test: clips of each scale, of each split.
+      short_train: clips of the first stage, `short_frames` long, events of `short_frames` / 2.
+    """
+
+    families: tuple[str, ...]
+    frames: int
+    scales: tuple[int, ...]
+    train: int
+    test: int
+    short_train: int
+    short_frames: int
+    size: int = 48
+    seed: int = 0
+    backgrounds: str = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: linear warm-up, cosine to zero."""
+
+    steps: int
+    batch: int
+    rate: float
+    warmup_fraction: float = 0.05
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The tiny model."""
+
+    patch: int = 12
+    width: int = 64
+    vit_layers: int = 1
+    decoder_layers: int = 2
+    heads: int = 4
+    mamba_layers: int = 1
+    state: int = 16
+    conv: int = 4
+    dt_min: float = 0.05
+    dt_max: float = 1.0
+    position_scale: float = 0.4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trained model of the grid."""
+
+    mixer: Mixer
+    temporal_pool: int
+    spatial_pool: int
+    frames: int
+    direction: Literal["bidirectional", "forward"] = "bidirectional"
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        mixer = "mamba_forward" if self.direction == "forward" else self.mixer
+        return f"{mixer}_t{self.temporal_pool}_s{self.spatial_pool}_f{self.frames}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a result depends on, versions and devices aside."""
+
+    point: Point
+    videos: Videos
+    sizes: Sizes
+    short: Stage  # the first stage: short clips, every frame of them
+    long: Stage  # the second: `point.frames` frames of long clips
+    seeds: int
+
+
+def answers_name(split: str, sampling: int) -> str:
+    """Of the answers in a point's file."""
+    return split if sampling == 1 else f"{split}_sampled"
+
+
+def described(recipe: Recipe) -> dict:
+    """The recipe as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def model_config(point: Point, sizes: Sizes, size: int, vocabulary: int) -> ModelConfig:
+    """The model of a grid point: storm_jax's own, tiny.
+
+    Args:
+      size: side of a frame, pixels.
+      vocabulary: ids of the tokenizer.
+    """
+    width = sizes.width
+    return ModelConfig(
+        vit=VitConfig(
+            image_size=size,
+            patch_size=sizes.patch,
+            width=width,
+            mlp=2 * width,
+            layers=sizes.vit_layers,
+            heads=sizes.heads,
+            position_grid=size // sizes.patch,
+            position_scale=sizes.position_scale,
+            frames_per_call=0,
+        ),
+        projector=ProjectorConfig(shuffle=2),
+        temporal=TemporalConfig(
+            layers=0 if point.mixer == "none" else sizes.mamba_layers,
+            direction=point.direction,
+            state=sizes.state,
+            conv=sizes.conv,
+            dt_min=sizes.dt_min,
+            dt_max=sizes.dt_max,
+        ),
+        reduction=ReductionConfig(
+            temporal_pool=point.temporal_pool, spatial_pool=point.spatial_pool
+        ),
+        decoder=DecoderConfig(
+            vocab_size=vocabulary,
+            width=width,
+            layers=sizes.decoder_layers,
+            heads=sizes.heads,
+            kv_heads=sizes.heads // 2,
+            head_dim=width // sizes.heads,
+            mlp=2 * width,
+            activation="gelu_tanh",
+            norm_eps=1e-6,
+            norm_plus_one=True,
+            post_norms=True,
+            qkv_bias=False,
+            qk_norm=True,
+            query_scale=0.0,
+            attention_softcap=0.0,
+            logit_softcap=0.0,
+            global_every=1,
+            window=0,
+            rope_theta=10_000.0,
+            rope_theta_local=10_000.0,
+            rope_scaling=1.0,
+            tied_embeddings=True,
+            scale_embeddings=True,
+        ),
+        dtype=sizes.dtype,
+    )
+
+
+def train_config(stage: Stage, seed: int) -> TrainConfig:
+    """What `training.step.make_train_step` and `training.optim.make_optimizer` are given."""
+    rate = stage.rate
+    return TrainConfig(
+        steps=stage.steps,
+        batch=stage.batch,
+        accumulation=1,
+        optimizer=OptimizerConfig(
+            rates=PartRates(vit=rate, projector=rate, temporal=rate, decoder=rate),
+            warmup_fraction=stage.warmup_fraction,
+        ),
+        z_loss=0.0,
+        remat=RematConfig(),
+        checkpoint=CheckpointConfig(every=stage.steps),
+        log_every=50,
+        eval_every=0,
+        eval_samples=1 << 30,
+        seed=seed,
+    )
+
+
+def run_config(
+    name: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    sources: tuple[str, ...],
+    held_out: tuple[str, ...],
+    tokenizer: str,
+    frames: int,
+    length: int,
+) -> RunConfig:
+    """One stage as `python -m storm_jax.train` takes it.
+
+    Args:
+      sources, held_out: JSONL files.
+      tokenizer: folder.
+      frames: of a clip that the model sees.
+      length: tokens of a row.
+    """
+    return RunConfig(
+        name=name,
+        model=model,
+        data=DataConfig(
+            train=tuple(SourceConfig(path) for path in sources),
+            eval=tuple(SourceConfig(path) for path in held_out),
+            frames=FrameConfig(frames),
+            tokenizer=tokenizer,
+            chat_template="gemma",
+            sequence_length=length,
+            row_frames=frames,
+            pack=False,
+        ),
+        train=train,
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )
