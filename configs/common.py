@@ -126,6 +126,8 @@ def run(name: str, size: str) -> ConfigDict:
         c.model.projector.shuffle = 4  # a frame is one token
     c.model.temporal = ConfigDict()
     c.model.temporal.layers = 1 if tiny else 2  # the paper does not say; see docs/decisions.md
+    c.model.temporal.mixer = "mamba"  # controls: "mlp", "attention", "convolution"
+    c.model.temporal.heads = 0  # of "attention"; 0: as many as match Mamba's parameters
     c.model.temporal.direction = "bidirectional"  # "forward": the paper's streaming variant
     c.model.temporal.expand = 2
     c.model.temporal.state = 16

@@ -68,10 +68,17 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class TemporalConfig:
-    """Mamba layers over all tokens of a video: x + Mixer(LayerNorm(x)) (paper section 3.2)."""
+    """Mamba layers over all tokens of a video: x + Mixer(LayerNorm(x)) (paper section 3.2).
+
+    The other mixers are controls with as many parameters as the Mamba mixer that the remaining
+    fields describe, `expand` to `dt_rank`; see `models.temporal_controls`.
+    """
 
     layers: int = 2  # 0 turns the temporal encoder off
+    mixer: Literal["mamba", "mlp", "attention", "convolution"] = "mamba"
+    # "forward": a frame sees itself and earlier ones; for "mlp" only the parameters differ.
     direction: Literal["bidirectional", "forward"] = "bidirectional"
+    heads: int = 0  # of "attention"; 0: as many as match the parameters best
     expand: int = 2  # inner width / width
     state: int = 16  # SSM state per channel
     conv: int = 4  # taps of the causal depthwise convolution
@@ -83,6 +90,50 @@ class TemporalConfig:
     def __post_init__(self):
         _require(self.layers >= 0, f"temporal.layers={self.layers} is negative")
         _require(self.conv >= 1, f"temporal.conv={self.conv}: at least one tap is needed")
+        _require(self.heads >= 0, f"temporal.heads={self.heads} is negative")
+        _require(
+            self.heads == 0 or self.mixer == "attention",
+            f"temporal.heads={self.heads} is of temporal.mixer='attention' alone, not of"
+            f" {self.mixer!r}: leave it at 0",
+        )
+
+    def mamba_parameters(self, width: int) -> int:
+        """Parameters of one Mamba mixer for tokens of `width`, its LayerNorm left out."""
+        E, G, K = self.expand * width, self.state, self.conv
+        R = self.dt_rank or math.ceil(width / 16)
+        directions = 2 if self.direction == "bidirectional" else 1
+        return 3 * width * E + directions * E * (K + 2 * R + 3 * G + 3)
+
+    def hidden(self, width: int) -> int:
+        """Hidden units of the gated MLP with as many parameters, 3 a unit and channel.
+
+        A multiple of the largest power of two, up to 64, that moves the number by at most 0.5 %:
+        what devices compute and share out well. Below 200 units it is the nearest number.
+        """
+        exact = self.mamba_parameters(width) / (3 * width)
+        step = next((s for s in (64, 32, 16, 8, 4, 2) if s / 2 <= 0.005 * exact), 1)
+        return max(1, round(exact / step)) * step
+
+    def attention_heads(self, width: int) -> tuple[int, int]:
+        """Heads of the attention with as many parameters, and channels of a head.
+
+        Four matrices, of queries, keys, values and outputs, have width * heads * channels each. A
+        head has 32 to 128 channels, a multiple of 8, which the fused kernels want: of those that
+        match within 0.5 % the number nearest to 64, if there is none the one that matches best.
+        With `heads` given it has the even number, for rotary pairs, that matches best.
+        """
+        exact = self.mamba_parameters(width) / (4 * width)
+        if self.heads or exact < 32:
+            heads = self.heads or 1
+            return heads, max(2, 2 * round(exact / (2 * heads)))
+
+        def preference(shape):
+            heads, channels = shape
+            mismatch = abs(heads * channels / exact - 1)
+            return max(mismatch, 0.005), abs(channels - 64), mismatch
+
+        shapes = ((max(1, round(exact / c)), c) for c in range(32, 129, 8))
+        return min(shapes, key=preference)
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,21 @@ class Work:
     tokens: int  # text and visual tokens
     scored: int  # tokens with a target: scores of the vocabulary are needed of them alone
     attended: int  # pairs of query and key that causal attention visits
+    frame_pairs: int  # pairs of frames of one video, in both orders, and each frame with itself
 
     @classmethod
     def of(cls, batch: dict[str, np.ndarray]) -> "Work":
         """Counts a packed batch (`data.packing`)."""
         there = batch["segments"] >= 0
+        rows, frames = np.nonzero(batch["frame_segments"] >= 0)
+        videos = np.stack([rows, batch["frame_segments"][rows, frames]])
+        _, lengths = np.unique(videos, axis=1, return_counts=True)
         return cls(
-            frames=int((batch["frame_segments"] >= 0).sum()),
+            frames=len(frames),
             tokens=int(there.sum()),
             scored=int((batch["targets"] >= 0).sum()),
             attended=int((batch["positions"][there].astype(np.int64) + 1).sum()),
+            frame_pairs=int((lengths.astype(np.int64) ** 2).sum()),
         )
 
     @classmethod
@@ -44,6 +49,7 @@ class Work:
             tokens=rows * S,
             scored=rows * max(0, S - visual),
             attended=rows * S * (S + 1) // 2,
+            frame_pairs=rows * data.row_frames**2,
         )
 
 
@@ -53,16 +59,11 @@ def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:
     Not counted: norms, activations, softmax and the recurrence of the selective scan. A local layer
     counts as if it saw every earlier token.
     """
-    vit, decoder, temporal = config.vit, config.decoder, config.temporal
+    vit, decoder = config.vit, config.decoder
     patches, D_v, D = vit.grid**2, vit.width, decoder.width
     used_layers = vit.layers + 1 + vit.output_layer
     per_patch = 2 * (4 * D_v * D_v + 2 * D_v * vit.mlp) + 4 * patches * D_v
     per_frame = patches * (used_layers * per_patch + 2 * 3 * vit.patch_size**2 * D_v)
-
-    E, G = temporal.expand * D, temporal.state
-    R = temporal.dt_rank or -(-D // 16)
-    directions = 2 if temporal.direction == "bidirectional" else 1
-    mixer = 3 * D * E + directions * E * (temporal.conv + (R + 2 * G) + R)
 
     H, K, C = decoder.heads, decoder.kv_heads, decoder.head_dim
     layer = D * C * (2 * H + 2 * K) + 3 * D * decoder.mlp
@@ -70,13 +71,32 @@ def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:
     return {
         "vit": work.frames * per_frame,
         "projector": work.frames * config.frame_tokens * 2 * config.projector.shuffle**2 * D_v * D,
-        "temporal": work.frames * config.frame_tokens * 2 * temporal.layers * mixer,
+        "temporal": config.frame_tokens * config.temporal.layers * _mixer(config, work),
         "decoder": (
             work.tokens * 2 * decoder.layers * layer
             + work.scored * head
             + 4 * decoder.layers * H * C * work.attended
         ),
     }
+
+
+def _mixer(config: ModelConfig, work: Work) -> float:
+    """FLOPs of one layer of the temporal encoder, for one place of all frames."""
+    temporal, D = config.temporal, config.decoder.width
+    match temporal.mixer:
+        case "mamba":
+            E, G = temporal.expand * D, temporal.state
+            R = temporal.dt_rank or -(-D // 16)
+            directions = 2 if temporal.direction == "bidirectional" else 1
+            weights = 3 * D * E + directions * E * (temporal.conv + (R + 2 * G) + R)
+            return 2 * work.frames * weights
+        case "mlp" | "convolution":
+            return 2 * work.frames * 3 * D * temporal.hidden(D)
+        case "attention":
+            heads, channels = temporal.attention_heads(D)
+            causal = temporal.direction == "forward"
+            visited = (work.frame_pairs + work.frames) // 2 if causal else work.frame_pairs
+            return heads * channels * (2 * work.frames * 4 * D + 4 * visited)
 
 
 def training_flops(config: ModelConfig, work: Work, trained: tuple[str, ...]) -> float:

@@ -32,7 +32,7 @@ def matrices(tree, *skip: str) -> int:
 
 def test_forward_counts_every_matrix(model):
     params = StormModel(model).abstract()
-    flops = forward_flops(model, Work(frames=1, tokens=1, scored=1, attended=1))
+    flops = forward_flops(model, Work(frames=1, tokens=1, scored=1, attended=1, frame_pairs=1))
     decoder = model.decoder
     head = decoder.vocab_size * decoder.width
     used = matrices(params["decoder"], "embedding", "head") + head
@@ -47,7 +47,7 @@ def test_forward_counts_every_matrix(model):
 
 
 def test_frozen_parts_cost_less(model):
-    work = Work(frames=8, tokens=100, scored=20, attended=5000)
+    work = Work(frames=8, tokens=100, scored=20, attended=5000, frame_pairs=64)
     forward = forward_flops(model, work)
     everything = training_flops(model, work, ("vit", "projector", "temporal", "decoder"))
     assert everything == pytest.approx(3 * sum(forward.values()))
@@ -67,7 +67,7 @@ def test_work_leaves_padding_out(model):
     work = Work.of(batch)
     # Query i sees i + 1 keys: 12 * 13 / 2 in the first row, 5 * 6 / 2 in the second.
     # A third of a row has targets, and one token of it stands at the row's end.
-    assert work == Work(frames=4, tokens=17, scored=2 * 4, attended=78 + 15)
+    assert work == Work(frames=4, tokens=17, scored=2 * 4, attended=78 + 15, frame_pairs=9 + 1)
 
 
 def test_full_rows():

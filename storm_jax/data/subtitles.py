@@ -6,6 +6,7 @@ or do not say where it stands.
 
 import html
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ class Cue:
     """One subtitle."""
 
     start: float  # seconds
-    end: float
+    end: float  # infinite where the file leaves it open
     text: str  # one line, without mark-up
 
 
@@ -36,7 +37,7 @@ def read(path: str) -> list[Cue]:
 
     JSON is a list of {"start", "end", "text" or "line"} or of {"timestamp": [start, end], "text"},
     or an object that holds such a list as "segments" or "subtitles". Times are seconds or texts as
-    "00:01:02.500".
+    "00:01:02.500"; an end that is null is open (LongVideoBench's and Whisper's last ones).
 
     Raises:
       SubtitleError: with the line, or the number of the entry in JSON.
@@ -122,6 +123,8 @@ def _json_cues(path: str, text: str) -> Iterator[Cue]:
                 f" {', '.join(map(repr, entry)) or 'nothing'}"
             )
         start, end = times
+        if end is None and ("end" in entry or "timestamp" in entry):
+            end = math.inf
         yield _cue(where, start, end, words)
 
 

@@ -1,9 +1,9 @@
 """From frames to the visual tokens that the decoder sees.
 
 The ViT runs on a fixed number of frames at a time, so that one program serves any video, and starts
-on the first ones while later ones are still being decoded. A temporal encoder that runs forward
-only carries its state from batch to batch; one that runs in both directions, and the reduction, see
-all frames at once, padded to one of a few lengths.
+on the first ones while later ones are still being decoded. A temporal encoder of Mamba layers that
+run forward only carries its state from batch to batch; any other, and the reduction, see all frames
+at once, padded to one of a few lengths.
 """
 
 import functools
@@ -22,7 +22,7 @@ from storm_jax.inference.options import Options
 from storm_jax.inference.prune import DuplicateFilter, kept_tokens, prune_static
 from storm_jax.inference.weights import Weights
 from storm_jax.models.storm import Storm
-from storm_jax.models.temporal import empty_state
+from storm_jax.models.temporal import TemporalEncoder, empty_state
 from storm_jax.parallel.frames import spread
 from storm_jax.parallel.sharding import reshape
 
@@ -92,7 +92,7 @@ class Encoder:
         @functools.partial(jax.jit, donate_argnums=3)
         def carried(params, x_FND, frame_segments, state):
             temporal = model.bind(params).temporal
-            assert temporal is not None
+            assert isinstance(temporal, TemporalEncoder)
             x_BFND, state = temporal.carry(x_FND[None], frame_segments[None], state)
             return x_BFND[0], state
 
@@ -110,7 +110,9 @@ class Encoder:
                 return x_VD
             return prune_static(x_VD, group_tokens, keep, count, quota)[0]
 
-        self._forward = config.temporal.layers > 0 and config.temporal.direction == "forward"
+        temporal = config.temporal
+        carries = temporal.mixer == "mamba" and temporal.direction == "forward"
+        self._forward = temporal.layers > 0 and carries
         self._features, self._carried, self._put = features, carried, put
         self._reduced = reduced
 

@@ -20,7 +20,7 @@ from storm_jax.inference.load import LoadedModel
 from storm_jax.inference.prefill import Visual, frame_tokens
 from storm_jax.inference.weights import Weights
 from storm_jax.models.reduction import group_sums
-from storm_jax.models.temporal import TemporalState, empty_state
+from storm_jax.models.temporal import TemporalEncoder, TemporalState, empty_state
 from storm_jax.parallel import sharding
 
 
@@ -220,7 +220,8 @@ class Stream:
         storm = self._loaded.model.bind(weights.encoder)
         groups_BF = jnp.asarray(plan.groups_F)[None]
         x_BFND, temporal = frame_tokens(storm, weights, frames_FHWC)[None], state.temporal
-        if storm.temporal is not None and temporal is not None:
+        if temporal is not None:
+            assert isinstance(storm.temporal, TemporalEncoder), "`empty_state` gives no other one"
             with jax.named_scope("temporal"):
                 x_BFND, temporal = storm.temporal.carry(x_BFND, groups_BF, temporal)
         with jax.named_scope("reduction"):

@@ -13,9 +13,15 @@ def model_settings(model: ModelConfig) -> dict[str, Any]:
     """What config.json says of the architecture; fields of the twin's `StormConfig`.
 
     Raises:
-      ConfigError: transformers has no such decoder.
+      ConfigError: transformers has no such decoder, or the twin no such temporal encoder.
     """
+    if model.temporal.mixer != "mamba":
+        raise ConfigError(
+            f"temporal.mixer={model.temporal.mixer!r} is a control that exports do not have: only"
+            ' models with "mamba" can be exported'
+        )
     temporal = dataclasses.asdict(model.temporal)
+    del temporal["mixer"], temporal["heads"]  # nothing to say about Mamba
     projector = dataclasses.asdict(model.projector)
     return {
         "vision_config": vision_settings(model.vit),

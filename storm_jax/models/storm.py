@@ -13,6 +13,7 @@ from storm_jax.models.decoder import Decoder
 from storm_jax.models.projector import Projector
 from storm_jax.models.reduction import reduce_into, reduce_tokens
 from storm_jax.models.temporal import TemporalEncoder
+from storm_jax.models.temporal_controls import ControlEncoder
 from storm_jax.models.vit import Vit
 from storm_jax.parallel import sharding
 from storm_jax.parallel.frames import spread
@@ -31,8 +32,9 @@ class Storm(nnx.Module):
         self.vit = Vit(config.vit, rngs)
         self.projector = Projector(config, rngs)
         width = config.decoder.width
+        encoder = TemporalEncoder if config.temporal.mixer == "mamba" else ControlEncoder
         has_temporal = config.temporal.layers > 0
-        self.temporal = TemporalEncoder(config.temporal, width, rngs) if has_temporal else None
+        self.temporal = encoder(config.temporal, width, rngs) if has_temporal else None
         self.decoder = Decoder(config.decoder, rngs)
 
     @property

@@ -45,8 +45,13 @@ def empty_state(config: TemporalConfig, width: int, rows: int, dtype: jnp.dtype)
       dtype: of its activations.
 
     Raises:
-      ConfigError: the encoder also runs backward in time.
+      ConfigError: the encoder also runs backward in time, or it is not of Mamba layers.
     """
+    if config.mixer != "mamba":
+        raise ConfigError(
+            f"temporal.mixer={config.mixer!r} carries no state from frame to frame: a stream needs"
+            ' a checkpoint trained with "mamba" and temporal.direction="forward"'
+        )
     if config.direction != "forward":
         raise ConfigError(
             f"temporal.direction={config.direction!r} sees all frames before it says something"

@@ -1,10 +1,11 @@
 """Whether a run's model and data can be split over its mesh, told before anything is compiled."""
 
 import math
+from collections.abc import Callable
 
 import jax
 
-from storm_jax.config import RunConfig
+from storm_jax.config import RunConfig, TemporalConfig
 from storm_jax.frames import require
 from storm_jax.parallel.heads import padded_heads
 
@@ -45,9 +46,7 @@ def check_divisible(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     divides("model.decoder.mlp", decoder.mlp, tensor, "tensor", "the MLP")
     divides("model.decoder.vocab_size", decoder.vocab_size, tensor, "tensor", "the vocabulary")
     if model.temporal.layers:
-        inner = model.temporal.expand * decoder.width
-        field = "model.temporal.expand * model.decoder.width"
-        divides(field, inner, tensor, "tensor", "the Mamba channels")
+        _check_temporal(model.temporal, decoder.width, divides, tensor, seq)
     divides("data.sequence_length", config.data.sequence_length, seq, "seq", "every row")
 
     for part, width in (("decoder", decoder.width), ("vit", model.vit.width)):
@@ -71,4 +70,30 @@ def check_divisible(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
         padded <= (1 + MAX_PADDING) * decoder.heads,
         f"model.decoder.heads={decoder.heads} would be padded to {padded} for mesh.tensor *"
         f" mesh.seq={tensor * seq}, since each device takes whole heads; lower mesh.seq",
+    )
+
+
+def _check_temporal(
+    config: TemporalConfig, width: int, divides: Callable[..., None], tensor: int, seq: int
+) -> None:
+    match config.mixer:
+        case "mamba":
+            inner, field = config.expand * width, "model.temporal.expand * model.decoder.width"
+            divides(field, inner, tensor, "tensor", "the Mamba channels")
+        case "attention":
+            heads, _ = config.attention_heads(width)
+            divides("model.temporal.heads", heads, tensor, "tensor", "temporal attention")
+        case "mlp" | "convolution":
+            field = f"the hidden width of model.temporal.mixer={config.mixer!r}"
+            divides(field, config.hidden(width), tensor, "tensor", "its MLP")
+    if config.mixer in ("attention", "convolution"):
+        require(seq == 1, split_frames(config, seq))
+
+
+def split_frames(config: TemporalConfig, devices: int) -> str:
+    """Why a mixer of the temporal encoder cannot have its frames split over devices."""
+    return (
+        f"temporal.mixer={config.mixer!r} needs all frames of a row on each device, but"
+        f" mesh.seq={devices} splits them: set mesh.seq=1 (fsdp, data and tensor serve it), or take"
+        ' "mamba" or "mlp"'
     )

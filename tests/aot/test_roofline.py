@@ -95,7 +95,7 @@ def test_what_binds_and_both_bounds():
     np.testing.assert_allclose(times.ici, 2.0, rtol=1e-6)
     assert times.binds == "ici"
     reached = speed(
-        Roofline(0.25, 0.5, 2.0, 0.25), Work(100, 3000, 0, 0), model_flops=1e12, peak=10e12
+        Roofline(0.25, 0.5, 2.0, 0.25), Work(100, 3000, 0, 0, 0), model_flops=1e12, peak=10e12
     )
     assert reached.step_seconds == (2.0, 3.0)
     assert reached.tokens_per_second == (1500, 1000)

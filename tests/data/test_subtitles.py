@@ -1,6 +1,7 @@
 """Subtitle files of the forms that are met, and what is said about those that are broken."""
 
 import json
+import math
 
 import pytest
 
@@ -73,6 +74,13 @@ def test_text_forms(file, name, content, newline):
 )  # fmt: skip
 def test_json_forms(file, entries):
     assert read(file("a.json", json.dumps(entries))) == [Cue(1, 2.5, "A"), Cue(4, 5, "second")]
+
+
+@pytest.mark.parametrize("times", [{"timestamp": [4.0, None]}, {"start": 4.0, "end": None}])
+def test_an_end_that_is_left_open(file, times):
+    (cue,) = read(file("a.json", json.dumps([{**times, "text": "last"}])))
+    assert cue == Cue(4.0, math.inf, "last")
+    assert within([cue], 1e9, None) == [cue] and within([cue], None, 3.0) == []
 
 
 def test_no_text_becomes_a_placeholder(file):

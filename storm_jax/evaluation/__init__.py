@@ -1,0 +1,1 @@
+"""Evaluation on benchmarks: questions about videos, prompts, extraction of answers, scores."""
