@@ -447,14 +447,14 @@ def _named(subject: tuple[str, str]) -> str:
 
 def _list(
     text: str,
-    options: Iterable[str],
+    options: Iterable[object],
     subjects: Iterable[tuple[str, str]] = (),
     colours: Iterable[str] = (),
     number: int = 0,
 ) -> Question:
-    options = tuple(str(option) for option in options)
-    text = f"{text}: {', '.join(options[:-1])} or {options[-1]}?"
-    return Question(text, options, tuple(subjects), tuple(colours), number)
+    texts = tuple(str(option) for option in options)
+    text = f"{text}: {', '.join(texts[:-1])} or {texts[-1]}?"
+    return Question(text, texts, tuple(subjects), tuple(colours), number)
 
 
 def _which_of_two(rng: np.random.Generator, layout: Layout, text: str) -> Question:
@@ -469,7 +469,7 @@ def _empty(layout: Layout) -> list[Contents]:
 
 
 def _group(layout: Layout, g: int) -> slice:
-    return slice(int(g) * layout.group, (int(g) + 1) * layout.group)
+    return slice(g * layout.group, (g + 1) * layout.group)
 
 
 def _swapped(layout: Layout, pair: Iterable[int]) -> np.ndarray:
@@ -483,7 +483,7 @@ def _swapped(layout: Layout, pair: Iterable[int]) -> np.ndarray:
 def _arrange(order: np.ndarray, layout: Layout, g: int, moments: Sequence[int]) -> None:
     """Lets group g show its four moments in another sequence, in place."""
     step = layout.group // SLOTS
-    first = int(g) * layout.group
+    first = g * layout.group
     for k, moment in enumerate(moments):
         at = first + k * step
         order[at : at + step] = np.arange(step) + first + moment * step

@@ -26,7 +26,7 @@ class Layout:
 
     Attributes:
       frames: in a clip, a multiple of `group`, two groups or more.
-      size: side of a frame in pixels, even, at least 40.
+      size: side of a frame in pixels, even, at least 48.
       group: consecutive frames that a model may average, a multiple of 4. What holds for the means
         of these groups holds for the means of any whole number of them.
       held_out: False: combinations of colour and shape, and positions, that training shows. True:
@@ -48,10 +48,10 @@ class Layout:
             raise ValueError(
                 f"frames={self.frames} must be a multiple of group={self.group}, two groups or more"
             )
-        if self.size < 40 or self.size % 2:
+        if self.size < 48 or self.size % 2:
             raise ValueError(
-                f"size={self.size} must be even, and at least 40 pixels: digits are unreadable"
-                " in smaller frames"
+                f"size={self.size} must be even, and at least 48 pixels: in smaller frames"
+                " shapes and digits cannot be told apart for certain"
             )
 
     @property
