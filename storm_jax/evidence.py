@@ -6,8 +6,8 @@ python -m storm_jax.evidence --report --out=DIR --docs=docs/evidence.md    the r
 python -m storm_jax.evidence --grid=smoke --out=DIR           two minutes on a CPU: the machinery
 
 Videos are written and decoded into --data (default OUT/data) once. Each grid point, five seeds at
-once, leaves OUT/runs/NAME.json, then OUT/timing/NAME.json; the same command again does what is
-missing and refuses results of another recipe. docs/evidence.md says what is tested and how it is
+once, leaves OUT/runs/NAME.json; the same command again does what is missing and refuses results of
+another recipe. docs/evidence.md says what is tested and how it is
 decided.
 
 Exit status: 0 done; 1 a grid point failed (the others are done); 2 arguments, data or results that
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from storm_jax.evidence_grid import clips
 from storm_jax.evidence_grid.grids import GRIDS
 from storm_jax.evidence_grid.recipe import EvidenceError
+from storm_jax.evidence_grid.results import Folder
 from storm_jax.evidence_grid.workers import run_all, say
 
 DONE, FAILED, USAGE = 0, 1, 2
@@ -95,11 +96,8 @@ def _run(args: argparse.Namespace) -> int:
     clips.prepare(data, grid.videos, args.decoders)
     if args.prepare:
         return DONE
-    cache = os.path.join(args.out, "compiled")
-    failed = run_all(recipes, data, args.out, args.workers, cache, "runs")
-    done = [r for r in recipes if not any(f.startswith(f"{r.point.name}:") for f in failed)]
-    failed += run_all(done, data, args.out, 1, cache, "timing")
-    if len(failed) < len(recipes):
+    failed = run_all(recipes, data, args.out, args.workers)
+    if any(Folder(args.out).has(recipe) for recipe in recipes):
         _report(args)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)

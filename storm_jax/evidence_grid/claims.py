@@ -38,6 +38,7 @@ RESOLUTION = 2.0  # points: smaller differences than the paper's own are not loo
 MARGIN = 2.0  # points that "costs nothing" may cost
 CEILING = 1.0  # points below 100 %
 
+Rule = Literal["above", "no_cost"]
 Verdict = Literal["reproduced", "not reproduced", "not testable this way", "not run"]
 
 
@@ -66,7 +67,7 @@ class Claim:
     text: str
     paper: float | None
     terms: tuple[Term, ...]
-    rule: Literal["above", "no_cost"] = "above"
+    rule: Rule = "above"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def decide(claim: Claim, results: dict[str, Result], split: str = SPLITS[0]) -> 
 
 
 def verdict(
-    rule: Literal["above", "no_cost"], found: Contrast, averages: list[float], chance: float
+    rule: Rule, found: Contrast, averages: list[float], chance: float
 ) -> tuple[Verdict, str]:
     """The rule of the module's docstring.
 
@@ -122,7 +123,7 @@ def verdict(
 def _claims() -> list[Claim]:
     found = []
 
-    def add(table, text, paper, *terms, rule="above"):
+    def add(table, text, paper, *terms, rule: Rule = "above"):
         found.append(Claim(table, text, paper, tuple(Term(*term) for term in terms), rule))
 
     def mixer(name: Mixer, frames: int) -> Point:

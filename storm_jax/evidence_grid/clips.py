@@ -26,7 +26,7 @@ class Clips:
     Attributes:
       frames: uint8 [N, F, H, W, 3], every frame of every clip; memory-mapped.
       turns: the conversation about each clip.
-      tasks: family and scale of each clip, "direction/4"; of short clips the family alone.
+      tasks: family and scale of each clip, "direction/4".
       options: how many each question has.
     """
 
@@ -44,16 +44,16 @@ def folders(data: str, videos: Videos) -> dict[str, Parameters]:
         seed=videos.seed,
         backgrounds=videos.backgrounds,
     )
-    found = {
-        os.path.join(data, "short"): Parameters(
+    found = {}
+    for scale in videos.short_scales:
+        found[os.path.join(data, f"short_{scale}")] = Parameters(
             train=videos.short_train,
             test=0,
             test_seen=0,
             frames=videos.short_frames,
-            group=videos.short_frames // 2,
+            group=scale,
             **of_all,
         )
-    }
     for scale in videos.scales:
         found[os.path.join(data, f"long_{scale}")] = Parameters(
             train=videos.train,
@@ -87,12 +87,11 @@ def load(folder: str, split: str) -> Clips:
     records = _records(folder, split)
     with open(os.path.join(folder, f"{split}.jsonl"), encoding="utf-8") as file:
         options = [len(json.loads(line)["options"]) for line in file]
-    name = os.path.basename(folder)
-    suffix = "/" + name.removeprefix("long_") if name.startswith("long_") else ""
+    scale = folder.rsplit("_", 1)[1]
     return Clips(
         np.load(_array(folder, split), mmap_mode="r"),
         tuple(record.turns for record in records),
-        tuple(record.task + suffix for record in records),
+        tuple(f"{record.task}/{scale}" for record in records),
         np.array(options),
     )
 

@@ -45,7 +45,7 @@ class Latency:
 
     def table(self) -> Table:
         """Every row of the paper's table."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for (frames, compression), theirs in TABLE13.items():
             ours = self.ms.get((frames, compression))
             here = tuple(f"{ms:.0f}" for ms in ours) if ours else ("not run", "", "", "")
@@ -74,7 +74,7 @@ class Latency:
 
     def claims(self) -> list[tuple[str, ...]]:
         """Rows for the table of claims."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for frames in (128, 256):
             for compression in (4, 8):
                 paper = TABLE13[(frames, 1)][0] / TABLE13[(frames, compression)][0]

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,25 +27,39 @@ from storm_jax.evidence_grid.recipe import (
     train_config,
 )
 from storm_jax.evidence_grid.rows import Rows
+from storm_jax.evidence_grid.turns import Turns
 from storm_jax.models.storm import Params, StormModel, count_parameters
 
-_CHUNK = 100  # steps of one program
-_SCORED = 32  # clips that are scored at once
+CHUNK = 50  # steps of one program
+_SCORED = 40  # clips that are scored at once
+_REPEATS = 3  # of a measurement
+_SAID = 10  # lines of progress a stage
 Say = Callable[[str], None]
+
+
+class FirstStage(NamedTuple):
+    """What the first stage leaves behind; points that differ in `frames` alone share it."""
+
+    params: Params
+    curve: dict[str, list]
 
 
 class PointRun:
     """A grid point with its data and model."""
 
-    def __init__(self, recipe: Recipe, data: str, say: Say):
+    def __init__(self, recipe: Recipe, data: str, turns: Turns, say: Say):
         """Args:
         data: folder that `clips.prepare` filled.
+        turns: on the device.
         say: is told the progress.
         """
         self.recipe = recipe
-        self.say = say
-        self._folders = list(clips.folders(data, recipe.videos))
-        self.tokenizer = load_tokenizer(os.path.join(self._folders[0], "tokenizer"))
+        self._turns = turns
+        self._say = say
+        folders = list(clips.folders(data, recipe.videos))
+        self._short = folders[: len(recipe.videos.short_scales)]
+        self._long = folders[len(self._short) :]
+        self.tokenizer = load_tokenizer(os.path.join(folders[0], "tokenizer"))
         self.config = model_config(
             recipe.point,
             recipe.sizes,
@@ -57,114 +72,173 @@ class PointRun:
 
     def short(self) -> Clips:
         """Training clips of the first stage."""
-        return clips.load(self._folders[0], "train")
+        parts = [clips.load(folder, "train") for folder in self._short]
+        return clips.joined(parts, self.recipe.videos.short_frames)
 
     def long(self, split: str) -> Clips:
         """Clips of all scales, with as many frames of each as the model sees."""
-        parts = [clips.load(folder, split) for folder in self._folders[1:]]
+        parts = [clips.load(folder, split) for folder in self._long]
         return clips.joined(parts, self.recipe.point.frames)
 
-    def stages(self) -> Iterator[tuple[Stage, Clips]]:
-        """The stages of training in order, with their clips."""
-        yield self.recipe.short, self.short()
-        yield self.recipe.long, self.long("train")
+    def rows(self, part: Clips, config: ModelConfig, length: int, frames: Any = None) -> Rows:
+        """A split on the device, as a model of this configuration reads it.
 
-    def row_length(self, part: Clips) -> int:
-        """Tokens of the longest row of a split."""
-        return rows.row_length([part], self.config, self.tokenizer)
-
-    def rows(self, part: Clips, config: ModelConfig, frames: jax.Array | None = None) -> Rows:
-        """A split on the device, as a model of this configuration reads it."""
+        Args:
+          length: tokens of a row.
+          frames: of the clips, where they lie on the device already.
+        """
         if frames is None:
-            frames = jax.device_put(np.asarray(part.frames))
-        length = rows.row_length([part], config, self.tokenizer)
+            frames = jax.device_put(part.frames)
         return rows.on_device(frames, rows.layout(part, config, self.tokenizer, length))
 
-    def order(self, stage: int, clips_: int) -> np.ndarray:
-        """Which clips each seed sees in each step of a stage, int32 [steps, seeds, batch]."""
+    def length(self, *parts: Clips, config: ModelConfig | None = None) -> int:
+        """Tokens of the longest row."""
+        return rows.row_length(parts, config or self.config, self.tokenizer)
+
+    def order(self, stage: int, count: int) -> np.ndarray:
+        """Which of `count` clips each seed sees in each step, int32 [steps, seeds, batch]."""
         plan = (self.recipe.short, self.recipe.long)[stage]
         orders = [
-            seeds.order(clips_, stage, seed, plan.steps, plan.batch)
+            seeds.order(count, stage, seed, plan.steps, plan.batch)
             for seed in range(self.recipe.seeds)
         ]
         return np.stack(orders, axis=1)
 
     # ---------------------------------------------------------------------------- train, then score
 
-    def result(self) -> dict[str, object]:
-        """Trains and scores; returns what the point's file holds."""
-        began = time.time()
+    def first_stage(self) -> FirstStage:
+        """Trains on short clips, from random parameters."""
         params = seeds.init_params(self.model, self.recipe.seeds)
-        curves = []
-        for number, (stage, part) in enumerate(self.stages()):
-            params, curve = self._train(number, stage, part, params)
-            curves.append(curve)
-        answers: dict[str, object] = {}
-        for split in SPLITS:
-            answers |= self._score(split, params)
+        return FirstStage(*self._train(0, self.recipe.short, self.short(), params)[:2])
+
+    def result(self, first: FirstStage) -> dict[str, object]:
+        """Trains on long clips and scores; returns what the point's file holds."""
+        # Its buffers are given away to the first step.
+        params = jax.tree.map(jax.numpy.copy, first.params)
+        params, curve, step_ms = self._train(1, self.recipe.long, self.long("train"), params)
+        answers, answer_ms = self._score(params)
         temporal = self.model.abstract().get("temporal", {})
         return {
             "name": self.recipe.point.name,
             "recipe": described(self.recipe),
             "parameters": count_parameters(self.model.abstract()),
             "temporal_parameters": count_parameters(temporal),
+            "train_step_ms": step_ms,
+            "answer_ms": answer_ms,
             "answers": answers,
-            "curves": curves,
-            "seconds": round(time.time() - began, 1),
+            "curves": [first.curve, curve],
             "device": jax.devices()[0].device_kind,
             "versions": {"storm_jax": storm_jax.__version__, "jax": jax.__version__},
         }
 
     def _train(self, number: int, stage: Stage, part: Clips, params: Params):
+        """Parameters, curve, and milliseconds of a step of one seed."""
         config = train_config(stage, 0)
-        on_device = self.rows(part, self.config)
-        state = seeds.start(config, params)
+        on_device = self.rows(part, self.config, self.length(part))
+        state = [seeds.start(config, params)]
         chunk = seeds.make_train_chunk(self.model, config)
         index = self.order(number, len(part.tasks))
+        size = min(CHUNK, stage.steps)
         curve: dict[str, list] = {"step": [], "loss": [], "accuracy": []}
         began = 0.0
-        for at in range(0, stage.steps, _CHUNK):
-            state, metrics = chunk(state, on_device, index[at : at + _CHUNK])
-            done = min(at + _CHUNK, stage.steps)
-            loss, accuracy = (np.asarray(metrics[name]) for name in ("loss", "accuracy"))
+        for at in range(0, stage.steps, size):
+            with self._turns.together():
+                state[0], metrics = chunk(state[0], on_device, index[at : at + size])
+                loss, accuracy = (np.asarray(metrics[name]) for name in ("loss", "accuracy"))
+            done = at + len(loss)
             if not np.isfinite(loss).all():
                 raise EvidenceError(
                     f"{self.recipe.point.name}: the loss is not finite before step {done} of stage"
                     f" {number + 1}; lower its rate, {stage.rate:g}"
                 )
-            curve["step"].append(done)
-            curve["loss"].append(np.round(loss.mean(0), 4).tolist())
-            curve["accuracy"].append(np.round(accuracy.mean(0), 4).tolist())
             now = time.time()
-            left = ""
-            if began:  # behind the compiler and the first chunk
-                seconds = (stage.steps - done) * (now - began) / (done - _CHUNK)
-                left = f", {seconds:.0f} s left of the stage"
+            if done == stage.steps or done // size % max(1, stage.steps // size // _SAID) == 0:
+                curve["step"].append(done)
+                curve["loss"].append(np.round(loss.mean(0), 4).tolist())
+                curve["accuracy"].append(np.round(accuracy.mean(0), 4).tolist())
+                left = ""
+                if began:  # behind the compiler and the first chunk
+                    seconds = (stage.steps - done) * (now - began) / (done - size)
+                    left = f", {seconds:.0f} s left of the stage"
+                self._say(
+                    f"stage {number + 1}, step {done} of {stage.steps}: loss {loss.mean():.3f},"
+                    f" answer tokens {accuracy.mean():.1%}{left}"
+                )
             began = began or now
-            self.say(
-                f"stage {number + 1}, step {done} of {stage.steps}: loss {loss.mean():.3f},"
-                f" answer tokens {accuracy.mean():.1%}{left}"
-            )
-        return state.params, curve
+        params = jax.tree.map(jax.numpy.copy, state[0].params)
 
-    def _score(self, split: str, params: Params) -> dict[str, object]:
-        part = self.long(split)
-        frames = jax.device_put(np.asarray(part.frames))
-        found = {}
+        def again():
+            state[0], metrics = chunk(state[0], on_device, index[:size])
+            jax.block_until_ready(metrics)
+
+        return params, curve, self._timed(again, size * self.recipe.seeds) if number else None
+
+    def _score(self, params: Params) -> tuple[dict[str, object], dict[str, object]]:
+        """Answers, and milliseconds of one of them, by `answers_name`."""
+        found: dict[str, object] = {}
+        times: dict[str, object] = {}
+        parts = {split: self.long(split) for split in SPLITS}
+        frames = {split: jax.device_put(part.frames) for split, part in parts.items()}
         for sampling in (1, SAMPLING):
             config = sampled(self.config, sampling)
-            on_device = self.rows(part, config, frames)
-            right = seeds.scored(seeds.make_score(StormModel(config)), params, on_device, _SCORED)
-            chance = 1 / part.options
-            tokens = config.visual_tokens(self.recipe.point.frames)
-            answers = Answers(right, part.tasks, chance, tokens)
-            name = answers_name(split, sampling)
-            found[name] = answers.to_json()
-            self.say(f"scored {name}: {answers.mean():.1%}")
-        return found
+            score = seeds.make_score(StormModel(config))
+            length = self.length(*parts.values(), config=config)
+            for split, part in parts.items():
+                on_device = self.rows(part, config, length, frames[split])
+                with self._turns.together():
+                    right = seeds.scored(score, params, on_device, _SCORED)
+                tokens = config.visual_tokens(self.recipe.point.frames)
+                answers = Answers(right, part.tasks, 1 / part.options, tokens)
+                name = answers_name(split, sampling)
+                found[name] = answers.to_json()
+                self._say(f"{name}: {answers.averages().mean():.1f} %")
+                if split == SPLITS[0]:
+
+                    def again(score=score, on_device=on_device):
+                        seeds.scored(score, params, on_device, _SCORED)
+
+                    times[name] = self._timed(again, right.size)
+        return found, times
+
+    def _timed(self, call: Callable[[], None], parts: int) -> dict[str, float]:
+        """Milliseconds of one of the `parts` of a call, alone on the device.
+
+        The median of `_REPEATS` calls, the smallest and the largest. The program has run before.
+        """
+        times = []
+        with self._turns.alone():
+            for _ in range(_REPEATS):
+                began = time.perf_counter()
+                call()
+                times.append(1000 * (time.perf_counter() - began) / parts)
+        return {
+            "ms": round(float(np.median(times)), 5),
+            "low": round(min(times), 5),
+            "high": round(max(times), 5),
+        }
 
 
 def sampled(config: ModelConfig, every: int) -> ModelConfig:
     """The model with temporal sampling at test time."""
     reduction = dataclasses.replace(config.reduction, temporal_sampling=every)
     return dataclasses.replace(config, reduction=reduction)
+
+
+def results(
+    recipes: list[Recipe], data: str, turns: Turns, say: Callable[[str, str], None]
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Names and results of points that share their first stage.
+
+    Args:
+      say: is told the name of a point and its progress.
+    """
+    first = None
+    for recipe in recipes:
+        name = recipe.point.name
+
+        def of_this(text: str, name: str = name) -> None:
+            say(name, text)
+
+        run = PointRun(recipe, data, turns, of_this)
+        first = first or run.first_stage()
+        yield name, run.result(first)

@@ -44,7 +44,7 @@ class Videos:
       scales: lengths of the events in long clips, in frames of the clip (`group` of the generator):
         one data set each.
       train, test: clips of each scale, of each split.
-      short_train: clips of the first stage, `short_frames` long, events of `short_frames` / 2.
+      short_train, short_frames, short_scales: the same of the clips of the first stage.
     """
 
     families: tuple[str, ...]
@@ -54,6 +54,7 @@ class Videos:
     test: int
     short_train: int
     short_frames: int
+    short_scales: tuple[int, ...]
     size: int = 48
     seed: int = 0
     backgrounds: str = ""
@@ -149,6 +150,7 @@ def model_config(point: Point, sizes: Sizes, size: int, vocabulary: int) -> Mode
         projector=ProjectorConfig(shuffle=2),
         temporal=TemporalConfig(
             layers=0 if point.mixer == "none" else sizes.mamba_layers,
+            mixer="mamba" if point.mixer == "none" else point.mixer,
             direction=point.direction,
             state=sizes.state,
             conv=sizes.conv,

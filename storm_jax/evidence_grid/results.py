@@ -1,4 +1,4 @@
-"""The folder of a grid: OUT/runs/NAME.json and OUT/timing/NAME.json, written once each."""
+"""The folder of a grid: OUT/runs/NAME.json, written once each."""
 
 import json
 import os
@@ -11,10 +11,9 @@ from storm_jax.evidence_grid.recipe import EvidenceError, Recipe, answers_name, 
 
 @dataclass(frozen=True)
 class Result:
-    """What a grid point's files hold."""
+    """What a grid point's file holds."""
 
     run: dict
-    timing: dict | None
 
     def answers(self, split: str, sampling: int = 1) -> Answers:
         """Right answers to a split, with every `sampling`-th pooled frame."""
@@ -27,24 +26,24 @@ class Folder:
     def __init__(self, out: str):
         self.path = Path(out)
 
-    def _file(self, kind: str, name: str) -> Path:
-        return self.path / kind / f"{name}.json"
+    def _file(self, name: str) -> Path:
+        return self.path / "runs" / f"{name}.json"
 
-    def write(self, kind: str, name: str, found: dict) -> None:
-        """Writes a file of `kind` "runs" or "timing"; a kill leaves none or a whole one."""
-        path = self._file(kind, name)
+    def write(self, name: str, found: dict) -> None:
+        """Writes a result; a kill leaves none or a whole one."""
+        path = self._file(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(found) + "\n", encoding="utf-8")
         os.replace(part, path)
 
-    def has(self, kind: str, recipe: Recipe) -> bool:
+    def has(self, recipe: Recipe) -> bool:
         """Whether a point is done.
 
         Raises:
           EvidenceError: the file is of another recipe.
         """
-        path = self._file(kind, recipe.point.name)
+        path = self._file(recipe.point.name)
         if not path.exists():
             return False
         found = json.loads(path.read_text(encoding="utf-8"))["recipe"]
@@ -63,11 +62,7 @@ class Folder:
         """
         results = {}
         for path in sorted((self.path / "runs").glob("*.json")):
-            timing = self._file("timing", path.stem)
-            results[path.stem] = Result(
-                json.loads(path.read_text(encoding="utf-8")),
-                json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else None,
-            )
+            results[path.stem] = Result(json.loads(path.read_text(encoding="utf-8")))
         if not results:
             raise EvidenceError(f"{self.path}/runs has no results; run the grid first")
         first = next(iter(results.values())).run

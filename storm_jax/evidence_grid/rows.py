@@ -1,5 +1,6 @@
 """Rows of a split as arrays on the device: the layout of `data.packing`, one clip a row."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 Rows = dict[str, jax.Array]  # arrays of `data.packing` with a leading axis of clips
 
 
-def row_length(clips: list[Clips], model: ModelConfig, tokenizer: "PreTrainedTokenizerFast") -> int:
+def row_length(
+    clips: Sequence[Clips], model: ModelConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> int:
     """Tokens of the longest row, visual ones included."""
     longest = 0
     for part in clips:

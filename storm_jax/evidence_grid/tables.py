@@ -9,7 +9,7 @@ import numpy as np
 
 from storm_jax.evidence_grid import paper
 from storm_jax.evidence_grid.claims import CLAIMS, Decision, decide
-from storm_jax.evidence_grid.recipe import SAMPLING, SPLITS, Mixer, Point
+from storm_jax.evidence_grid.recipe import SAMPLING, SPLITS, Mixer, Point, answers_name
 from storm_jax.evidence_grid.results import Result
 from storm_jax.evidence_grid.statistics import over_seeds
 
@@ -59,11 +59,8 @@ def _cells(results: dict[str, Result], point: Point, sampling: int = 1) -> tuple
     if result is None:
         return ("not run",) + ("",) * (len(_MEASURED) - 1)
     answers = [result.answers(split, sampling) for split in SPLITS]
-    step, answer = "", ""
-    if result.timing:
-        step = f"{result.timing['train_step_ms']['ms']:.1f}" if sampling == 1 else ""
-        name = "inference_ms" if sampling == 1 else "inference_sampled_ms"
-        answer = f"{result.timing[name]['ms']:.3f}"
+    step = f"{result.run['train_step_ms']['ms']:.2f}" if sampling == 1 else ""
+    answer = f"{result.run['answer_ms'][answers_name(SPLITS[0], sampling)]['ms']:.3f}"
     return (
         str(answers[0].visual_tokens),
         *(over_seeds(a.averages()).text() for a in answers),
@@ -74,10 +71,10 @@ def _cells(results: dict[str, Result], point: Point, sampling: int = 1) -> tuple
 
 
 def table4(results: dict[str, Result]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     mixers: tuple[Mixer, ...] = ("none", "mamba", "mlp", "attention", "convolution")
     for frames in (8, 32, 128):
-        for mixer in mixers:
+        for mixer in mixers if frames > 8 else mixers[:2]:
             column = {"none": 0, "mamba": 1}.get(mixer)
             theirs = "" if column is None else f"{paper.TABLE4[frames][column]:.1f}"
             point = Point(mixer, 1 if frames == 8 else 4, 1, frames)
@@ -92,7 +89,7 @@ def table4(results: dict[str, Result]) -> Table:
 
 
 def table5(results: dict[str, Result]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     mixers: tuple[Mixer, ...] = ("none", "mamba")
     for mixer in mixers:
         for temporal in (1, 4):
@@ -124,7 +121,7 @@ def table5(results: dict[str, Result]) -> Table:
 
 
 def table3(results: dict[str, Result]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for frames in (32, 128):
         for kind, temporal, spatial in (("spatial", 1, 2), ("temporal", 4, 1)):
             cells = _cells(results, Point("mamba", temporal, spatial, frames))
@@ -139,7 +136,7 @@ def table3(results: dict[str, Result]) -> Table:
 
 
 def table7(results: dict[str, Result]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     points: tuple[tuple[str, str, Mixer], ...] = (
         ("none", "none", "none"),
         ("forward", "mamba_forward", "mamba"),
@@ -182,7 +179,7 @@ def claims(results: dict[str, Result]) -> Table:
 
 
 def claim_table(decisions: Iterable[Decision]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for decision in decisions:
         claim, found = decision.claim, decision.contrast
         rows.append(
