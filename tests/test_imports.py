@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Modules of storm_jax that nothing imports.
-COMMANDS = {"compile", "convert", "generate", "serve", "stream", "train"}
+COMMANDS = {"compile", "convert", "evidence", "generate", "serve", "stream", "train"}
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "inference": {"checkpoint", "config", "data", "frames", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
     "serving": {"config", "data", "inference"},
+    "evidence_grid": {"config", "data", "frames", "models", "training"},
 }
 # Files that an export carries: they stand alone there, side by side.
 TWIN = ROOT / "storm_jax" / "interop" / "twin"
