@@ -22,46 +22,32 @@ class Answers:
     chance: np.ndarray
     visual_tokens: int
 
+    def _names(self) -> list[str]:
+        """Families in order, their shortest events first."""
+
+        def place(task: str) -> tuple[str, int]:
+            family, _, scale = task.partition("/")
+            return family, int(scale or 0)
+
+        return sorted(set(self.tasks), key=place)
+
     def of_task(self) -> dict[str, np.ndarray]:
         """Accuracy of each seed on each task, float [K] in percent."""
         names = np.array(self.tasks)
-        return {
-            str(task): 100 * self.right[:, names == task].mean(1) for task in sorted(set(names))
-        }
+        return {task: 100 * self.right[:, names == task].mean(1) for task in self._names()}
 
     def chance_of_task(self) -> dict[str, float]:
         """Chance level of each task, percent."""
         names = np.array(self.tasks)
-        return {
-            str(task): 100 * float(self.chance[names == task].mean()) for task in sorted(set(names))
-        }
+        return {task: 100 * float(self.chance[names == task].mean()) for task in self._names()}
 
-    def averages(self, tasks: tuple[str, ...] = ()) -> np.ndarray:
-        """Mean over tasks of the accuracy of each seed, float [K] in percent.
-
-        Args:
-          tasks: those that count; (): all.
-        """
-        by_task = self.of_task()
-        return np.mean([by_task[task] for task in tasks or by_task], axis=0)
-
-    def mean(self) -> float:
-        """Share of right answers, over all seeds and clips."""
-        return float(self.right.mean())
-
-    def weights(self, tasks: tuple[str, ...] = ()) -> np.ndarray:
-        """What each clip contributes to `averages`, float [N] with sum 1."""
-        names = np.array(self.tasks)
-        chosen = tasks or tuple(sorted(set(self.tasks)))
-        total = np.zeros(len(names))
-        for task in chosen:
-            there = names == task
-            total[there] = 1 / (len(chosen) * there.sum())
-        return total
+    def averages(self) -> np.ndarray:
+        """Mean over tasks of the accuracy of each seed, float [K] in percent."""
+        return np.mean(list(self.of_task().values()), axis=0)
 
     def to_json(self) -> dict[str, object]:
         """What `from_json` reads; answers are packed bits."""
-        names = sorted(set(self.tasks))
+        names = self._names()
         numbers = np.array([names.index(task) for task in self.tasks], np.uint8)
         return {
             "clips": len(self.tasks),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LABEL = "average accuracy, %"
+_SHARES = (3.13, 6.25, 12.5, 25, 50, 100)  # of table 5
 
 
 def draw(results: dict[str, Result], latency: Latency | None, folder: Path) -> list[Path]:
@@ -153,6 +154,9 @@ def _table5(results: dict[str, Result], here: Axes, theirs: Axes) -> None:
     for axes in (here, theirs):
         axes.set_xscale("log")
         axes.set_xlabel("visual tokens, % of those without reduction")
+        axes.set_xlim(2.5, 130)
+        axes.set_xticks(_SHARES, [f"{share:g}" for share in _SHARES])
+        axes.minorticks_off()
 
 
 def _table13(latency: Latency, axes: Axes) -> None:
