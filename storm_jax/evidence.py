@@ -15,7 +15,6 @@ cannot be used.
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -50,12 +49,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--part", default="", help="table3, table4, table5 or table7 (default: all)")
     add("--only", default="", help="names of grid points, separated by commas (default: all)")
     add("--data", default="", help="folder of videos (default: OUT/data)")
-    add("--backgrounds", default="", help="folder of videos to show behind the objects")
     add("--workers", type=int, default=4, help="grid points that share the device")
     add("--decoders", type=int, default=0, help="processes that write videos (default: one a core)")
-    add("--short_steps", type=int, default=0, help="steps of the first stage (default: the grid's)")
-    add("--long_steps", type=int, default=0, help="steps of the second stage")
-    add("--seeds", type=int, default=0, help="seeds (default: the grid's)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="changes the grid, may be repeated: short.steps=1000, sizes.width=128, seeds=3",
+    )
     add("--prepare", action="store_true", help="only write and decode the videos")
     add("--report", action="store_true", help="only the report, from what is there")
     add("--latency", default="", help="JSON of benchmarks/latency.py for table 13")
@@ -67,20 +69,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> int:
     if args.workers < 1:
         raise EvidenceError(f"--workers={args.workers}: at least one process is needed")
-    grid = GRIDS[args.grid]
-    if args.backgrounds:
-        grid = dataclasses.replace(
-            grid, videos=dataclasses.replace(grid.videos, backgrounds=args.backgrounds)
-        )
-    if args.short_steps:
-        grid = dataclasses.replace(
-            grid, short=dataclasses.replace(grid.short, steps=args.short_steps)
-        )
-    if args.long_steps:
-        longer = {f: dataclasses.replace(s, steps=args.long_steps) for f, s in grid.long.items()}
-        grid = dataclasses.replace(grid, long=longer)
-    if args.seeds:
-        grid = dataclasses.replace(grid, seeds=args.seeds)
+    grid = GRIDS[args.grid].changed(args.set)
     recipes = grid.recipes(args.part)
     if args.only:
         names = args.only.split(",")

@@ -1,7 +1,11 @@
 """The grids: which models each of the paper's tables compares, and how they are trained."""
 
+import ast
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from storm_jax.config import ConfigError, from_mapping
 from storm_jax.evidence_grid.recipe import (
     EvidenceError,
     Mixer,
@@ -32,6 +36,48 @@ class Grid:
     short: Stage
     long: dict[int, Stage]
     seeds: int
+
+    def changed(self, settings: Sequence[str]) -> "Grid":
+        """With fields of `Videos`, `Sizes`, `Stage` and the number of seeds set.
+
+        Args:
+          settings: "videos.train=500", "sizes.width=128", "short.steps=1000", "long.rate=1e-3" (at
+            every number of frames), "seeds=3".
+
+        Raises:
+          EvidenceError: there is no such field, or the value is of another type.
+        """
+        tree = dataclasses.asdict(self)
+        for text in settings:
+            path, _, value = text.partition("=")
+            group, _, name = path.partition(".")
+            places = {"long": list(tree["long"].values())}.get(group, [tree.get(group)])
+            if path == "seeds":
+                places, name = [tree], path
+            if group not in ("videos", "sizes", "short", "long", "seeds") or any(
+                name not in place for place in places
+            ):
+                raise EvidenceError(
+                    f"--set={text}: write videos.F=, sizes.F=, short.F=, long.F= with a field F of"
+                    " these (evidence_grid/recipe.py), or seeds="
+                )
+            try:
+                found = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                found = value
+            for place in places:
+                place[name] = found
+        try:
+            return dataclasses.replace(
+                self,
+                videos=from_mapping(Videos, tree["videos"], "videos"),
+                sizes=from_mapping(Sizes, tree["sizes"], "sizes"),
+                short=from_mapping(Stage, tree["short"], "short"),
+                long={f: from_mapping(Stage, s, "long") for f, s in tree["long"].items()},
+                seeds=tree["seeds"],
+            )
+        except ConfigError as error:
+            raise EvidenceError(f"--set: {error}") from error
 
     def recipes(self, part: str) -> list[Recipe]:
         """Of one part, or of all for ""; the costliest first.

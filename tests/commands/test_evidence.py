@@ -94,6 +94,9 @@ def test_latency_ratios_are_those_of_the_file(core):
         (["--part=table6"], "grid core has the parts table4, table5, table3, table7"),
         (["--only=mamba_t9"], "--only=mamba_t9: the points are"),
         (["--workers=0"], "--workers=0"),
+        (["--set=sizes.depth=3"], "--set=sizes.depth=3: write videos.F="),
+        (["--set=point.frames=3"], "--set=point.frames=3: write videos.F="),
+        (["--set=sizes.width=wide"], "sizes.width='wide' must be of type int"),
         (["--report"], "has no results"),
         (["--report", "--latency=no/such.json"], "has no results"),
     ],
@@ -101,6 +104,13 @@ def test_latency_ratios_are_those_of_the_file(core):
 def test_mistakes_are_told(arguments, message, tmp_path, capsys):
     assert evidence.main([f"--out={tmp_path}", *arguments]) == evidence.USAGE
     assert message in capsys.readouterr().err
+
+
+def test_fields_of_a_grid_can_be_set():
+    grid = CORE.changed(["short.rate=1e-3", "long.steps=7", "videos.scales=(4,)", "seeds=2"])
+    assert grid.short.rate == 1e-3 and grid.seeds == 2 and grid.videos.scales == (4,)
+    assert {stage.steps for stage in grid.long.values()} == {7}
+    assert grid.parts == CORE.parts and grid.sizes == CORE.sizes
 
 
 def test_reports_refuse_what_they_cannot_use(core, tmp_path, capsys):
