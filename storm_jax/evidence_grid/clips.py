@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,13 @@ import numpy as np
 from storm_jax.config import SourceConfig
 from storm_jax.data import video
 from storm_jax.data.controlled.writing import DataSetError, Parameters, write_data_set
-from storm_jax.data.conversation import Turn
+from storm_jax.data.conversation import Media, Turn
 from storm_jax.data.open_records import open_records
 from storm_jax.evidence_grid.recipe import SPLITS, EvidenceError, Videos
 from storm_jax.frames import FrameConfig
 
 _TIMEOUT = 30.0  # seconds a file
+_AT_ONCE = 32  # clips that a process decodes before it is given more
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,21 @@ def prepare(data: str, videos: Videos, workers: int = 0) -> None:
     Raises:
       EvidenceError: a folder holds another data set, or a video cannot be read.
     """
-    for folder, parameters in folders(data, videos).items():
+    todo = folders(data, videos)
+    cores = workers or len(os.sched_getaffinity(0))
+    each = max(1, round(2 * cores / len(todo)))  # one waits while the other is busy
+
+    def make(folder: str) -> None:
         try:
-            write_data_set(folder, parameters, workers)
+            write_data_set(folder, todo[folder], each)
         except DataSetError as error:
             raise EvidenceError(str(error)) from error
         for split in ("train", *SPLITS):
-            if getattr(parameters, split):
-                _decode(folder, split, parameters, workers)
+            if getattr(todo[folder], split):
+                _decode(folder, split, todo[folder], each)
+
+    with ThreadPoolExecutor(min(len(todo), cores)) as threads:
+        list(threads.map(make, todo))
 
 
 def load(folder: str, split: str) -> Clips:
@@ -98,10 +106,15 @@ def load(folder: str, split: str) -> Clips:
 
 def joined(parts: list[Clips], frames: int) -> Clips:
     """Several splits as one, with `frames` frames of each clip by the project's sampling rule."""
-    length = parts[0].frames.shape[1]
-    picks = video.spread(length, frames)
+    picks = video.spread(parts[0].frames.shape[1], frames)
+    shape = (sum(len(part.frames) for part in parts), frames, *parts[0].frames.shape[2:])
+    every = np.empty(shape, np.uint8)
+    at = 0
+    for part in parts:
+        np.take(part.frames, picks, axis=1, out=every[at : at + len(part.frames)], mode="clip")
+        at += len(part.frames)
     return Clips(
-        np.concatenate([part.frames[:, picks] for part in parts]),
+        every,
         tuple(turns for part in parts for turns in part.turns),
         tuple(task for part in parts for task in part.tasks),
         np.concatenate([part.options for part in parts]),
@@ -124,23 +137,27 @@ def _decode(folder: str, split: str, parameters: Parameters, workers: int) -> No
     media = [record.media[0] for record in _records(folder, split)]
     shape = (len(media), parameters.frames, parameters.size, parameters.size, 3)
     array = np.lib.format.open_memmap(path + ".part", "w+", np.uint8, shape)
-    count = workers or os.cpu_count() or 1
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
-        cut = FrameConfig(parameters.frames)
-        jobs = [(medium, cut, parameters.size) for medium in media]
-        for i, frames in enumerate(pool.map(_sample, jobs, chunksize=16)):
-            if len(frames) != parameters.frames:
-                raise EvidenceError(
-                    f"{media[i].path} has {len(frames)} frames, not {parameters.frames}; remove"
-                    f" {folder} and run again"
-                )
-            array[i] = frames
     array.flush()
-    del array
+    jobs = [
+        (path + ".part", first, media[first : first + _AT_ONCE], parameters)
+        for first in range(0, len(media), _AT_ONCE)
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        list(pool.map(_store, jobs))
     os.replace(path + ".part", path)
 
 
-def _sample(job) -> np.ndarray:
-    media, frames, size = job
-    return video.sample(media, frames, size, _TIMEOUT)[0]
+def _store(job: tuple[str, int, list[Media], Parameters]) -> None:
+    """Decodes some clips into their places of the array."""
+    path, first, media, parameters = job
+    array = np.lib.format.open_memmap(path, "r+")
+    for i, medium in enumerate(media, first):
+        frames, _ = video.sample(medium, FrameConfig(parameters.frames), parameters.size, _TIMEOUT)
+        if len(frames) != parameters.frames:
+            raise EvidenceError(
+                f"{medium.path} has {len(frames)} frames, not {parameters.frames}; remove its"
+                " folder and run again"
+            )
+        array[i] = frames
+    array.flush()

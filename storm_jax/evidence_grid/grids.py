@@ -25,8 +25,8 @@ class Grid:
 
     Attributes:
       parts: which points belong to which part; several parts share points.
-      short: the first stage, the same for all points.
-      long: the second stage, by the number of frames.
+      short, reduced: the first two stages, the same for all points.
+      long: the last stage, by the number of frames.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Grid:
     videos: Videos
     sizes: Sizes
     short: Stage
+    reduced: Stage
     long: dict[int, Stage]
     seeds: int
 
@@ -54,12 +55,12 @@ class Grid:
             places = {"long": list(tree["long"].values())}.get(group, [tree.get(group)])
             if path == "seeds":
                 places, name = [tree], path
-            if group not in ("videos", "sizes", "short", "long", "seeds") or any(
+            if group not in ("videos", "sizes", "short", "reduced", "long", "seeds") or any(
                 name not in place for place in places
             ):
                 raise EvidenceError(
-                    f"--set={text}: write videos.F=, sizes.F=, short.F=, long.F= with a field F of"
-                    " these (evidence_grid/recipe.py), or seeds="
+                    f"--set={text}: write videos.F=, sizes.F=, short.F=, reduced.F=, long.F= with a"
+                    " field F of these (evidence_grid/recipe.py), or seeds="
                 )
             try:
                 found = ast.literal_eval(value)
@@ -73,6 +74,7 @@ class Grid:
                 videos=from_mapping(Videos, tree["videos"], "videos"),
                 sizes=from_mapping(Sizes, tree["sizes"], "sizes"),
                 short=from_mapping(Stage, tree["short"], "short"),
+                reduced=from_mapping(Stage, tree["reduced"], "reduced"),
                 long={f: from_mapping(Stage, s, "long") for f, s in tree["long"].items()},
                 seeds=tree["seeds"],
             )
@@ -92,13 +94,22 @@ class Grid:
         chosen = self.parts.values() if not part else [self.parts[part]]
         points = sorted({p for points in chosen for p in points}, key=_cost, reverse=True)
         return [
-            Recipe(p, self.videos, self.sizes, self.short, self.long[p.frames], self.seeds)
+            Recipe(
+                p,
+                self.videos,
+                self.sizes,
+                self.short,
+                self.reduced,
+                self.long[p.frames],
+                self.seeds,
+            )
             for p in points
         ]
 
 
 def _cost(point: Point) -> tuple:
-    return point.frames, point.mixer == "mamba", point.name
+    # Of the points with most frames those with a first stage of their own come first.
+    return point.frames, point.spatial_pool == 1, point.mixer == "mamba", point.name
 
 
 def _table4() -> tuple[Point, ...]:
@@ -147,14 +158,15 @@ CORE = Grid(
         families=("direction", "order", "needle", "colour"),
         frames=128,
         scales=(4, 16, 64),
-        train=2000,
-        test=480,
-        short_train=3000,
+        train=2400,
+        test=400,
+        short_train=6000,
         short_frames=16,
         short_scales=(4, 8),
     ),
-    sizes=Sizes(),
-    short=Stage(steps=3000, batch=64, rate=2e-3),
+    sizes=Sizes(dt_min=0.03, dt_max=0.5),
+    short=Stage(steps=1000, batch=64, rate=2e-3),
+    reduced=Stage(steps=2000, batch=64, rate=2e-3),
     long={frames: Stage(steps=1500, batch=32, rate=1e-3) for frames in (8, 32, 128)},
     seeds=5,
 )
@@ -174,7 +186,8 @@ SMOKE = Grid(
         short_scales=(4,),
     ),
     sizes=Sizes(width=32),
-    short=Stage(steps=8, batch=8, rate=2e-3),
+    short=Stage(steps=4, batch=8, rate=2e-3),
+    reduced=Stage(steps=4, batch=8, rate=2e-3),
     long={frames: Stage(steps=4, batch=8, rate=1e-3) for frames in (32,)},
     seeds=2,
 )

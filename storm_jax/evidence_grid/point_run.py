@@ -1,9 +1,11 @@
 """One grid point from random parameters to its result, all seeds at once."""
 
 import dataclasses
+import fcntl
+import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +22,6 @@ from storm_jax.evidence_grid.recipe import (
     SPLITS,
     EvidenceError,
     Recipe,
-    Stage,
     answers_name,
     described,
     model_config,
@@ -28,6 +29,7 @@ from storm_jax.evidence_grid.recipe import (
 )
 from storm_jax.evidence_grid.rows import Rows
 from storm_jax.evidence_grid.turns import Turns
+from storm_jax.frames import ReductionConfig
 from storm_jax.models.storm import Params, StormModel, count_parameters
 
 CHUNK = 50  # steps of one program
@@ -37,24 +39,25 @@ _SAID = 10  # lines of progress a stage
 Say = Callable[[str], None]
 
 
-class FirstStage(NamedTuple):
-    """What the first stage leaves behind; points that differ in `frames` alone share it."""
+class Trained(NamedTuple):
+    """What the stages so far leave behind."""
 
     params: Params
-    curve: dict[str, list]
+    curves: list[dict[str, list]]
 
 
 class PointRun:
     """A grid point with its data and model."""
 
-    def __init__(self, recipe: Recipe, data: str, turns: Turns, say: Say):
+    def __init__(self, recipe: Recipe, data: str, work: str, say: Say):
         """Args:
         data: folder that `clips.prepare` filled.
-        turns: on the device.
+        work: folder for what points share: locks, and parameters behind shared stages.
         say: is told the progress.
         """
         self.recipe = recipe
-        self._turns = turns
+        self._work = work
+        self._turns = Turns(work)
         self._say = say
         folders = list(clips.folders(data, recipe.videos))
         self._short = folders[: len(recipe.videos.short_scales)]
@@ -97,7 +100,7 @@ class PointRun:
 
     def order(self, stage: int, count: int) -> np.ndarray:
         """Which of `count` clips each seed sees in each step, int32 [steps, seeds, batch]."""
-        plan = (self.recipe.short, self.recipe.long)[stage]
+        plan = self.recipe.stages()[stage]
         orders = [
             seeds.order(count, stage, seed, plan.steps, plan.batch)
             for seed in range(self.recipe.seeds)
@@ -106,16 +109,33 @@ class PointRun:
 
     # ---------------------------------------------------------------------------- train, then score
 
-    def first_stage(self) -> FirstStage:
-        """Trains on short clips, from random parameters."""
-        params = seeds.init_params(self.model, self.recipe.seeds)
-        return FirstStage(*self._train(0, self.recipe.short, self.short(), params)[:2])
+    def shared(self, stage: int) -> Trained:
+        """Behind stage 0 or 1 on short clips: trained by whoever comes first, then read."""
+        path = os.path.join(self._work, f"{self.recipe.shared(stage)}.npz")
+        leaves, tree = jax.tree.flatten(self.model.abstract())
+        with open(path + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.exists(path):
+                with np.load(path) as file:
+                    params = [jax.numpy.asarray(file[f"arr_{i}"]) for i in range(len(leaves))]
+                    curves = json.loads(str(file["curves"]))
+                return Trained(jax.tree.unflatten(tree, params), curves)
+            if stage == 0:
+                before = Trained(seeds.init_params(self.model, self.recipe.seeds), [])
+            else:
+                before = self.shared(stage - 1)
+            params, curve, _ = self._train(stage, self.short(), before.params)
+            found = Trained(params, [*before.curves, curve])
+            arrays = [np.asarray(x) for x in jax.tree.leaves(params)]
+            with open(path + ".part", "wb") as file:
+                np.savez(file, *arrays, curves=np.array(json.dumps(found.curves)))
+            os.replace(path + ".part", path)
+            return found
 
-    def result(self, first: FirstStage) -> dict[str, object]:
+    def result(self) -> dict[str, object]:
         """Trains on long clips and scores; returns what the point's file holds."""
-        # Its buffers are given away to the first step.
-        params = jax.tree.map(jax.numpy.copy, first.params)
-        params, curve, step_ms = self._train(1, self.recipe.long, self.long("train"), params)
+        before = self.shared(1)
+        params, curve, step_ms = self._train(2, self.long("train"), before.params)
         answers, answer_ms = self._score(params)
         temporal = self.model.abstract().get("temporal", {})
         return {
@@ -126,17 +146,21 @@ class PointRun:
             "train_step_ms": step_ms,
             "answer_ms": answer_ms,
             "answers": answers,
-            "curves": [first.curve, curve],
+            "curves": [*before.curves, curve],
             "device": jax.devices()[0].device_kind,
             "versions": {"storm_jax": storm_jax.__version__, "jax": jax.__version__},
         }
 
-    def _train(self, number: int, stage: Stage, part: Clips, params: Params):
-        """Parameters, curve, and milliseconds of a step of one seed."""
+    def _train(self, number: int, part: Clips, params: Params):
+        """Parameters, curve, and behind the last stage milliseconds of a step of one seed."""
+        stage = self.recipe.stages()[number]
         config = train_config(stage, 0)
-        on_device = self.rows(part, self.config, self.length(part))
+        reduction = ReductionConfig() if number == 0 else self.config.reduction
+        model = StormModel(dataclasses.replace(self.config, reduction=reduction))
+        length = self.length(part, config=model.config)
+        on_device = self.rows(part, model.config, length)
         state = [seeds.start(config, params)]
-        chunk = seeds.make_train_chunk(self.model, config)
+        chunk = seeds.make_train_chunk(model, config)
         index = self.order(number, len(part.tasks))
         size = min(CHUNK, stage.steps)
         curve: dict[str, list] = {"step": [], "loss": [], "accuracy": []}
@@ -171,7 +195,7 @@ class PointRun:
             state[0], metrics = chunk(state[0], on_device, index[:size])
             jax.block_until_ready(metrics)
 
-        return params, curve, self._timed(again, size * self.recipe.seeds) if number else None
+        return params, curve, self._timed(again, size * self.recipe.seeds) if number == 2 else None
 
     def _score(self, params: Params) -> tuple[dict[str, object], dict[str, object]]:
         """Answers, and milliseconds of one of them, by `answers_name`."""
@@ -222,23 +246,3 @@ def sampled(config: ModelConfig, every: int) -> ModelConfig:
     """The model with temporal sampling at test time."""
     reduction = dataclasses.replace(config.reduction, temporal_sampling=every)
     return dataclasses.replace(config, reduction=reduction)
-
-
-def results(
-    recipes: list[Recipe], data: str, turns: Turns, say: Callable[[str, str], None]
-) -> Iterator[tuple[str, dict[str, object]]]:
-    """Names and results of points that share their first stage.
-
-    Args:
-      say: is told the name of a point and its progress.
-    """
-    first = None
-    for recipe in recipes:
-        name = recipe.point.name
-
-        def of_this(text: str, name: str = name) -> None:
-            say(name, text)
-
-        run = PointRun(recipe, data, turns, of_this)
-        first = first or run.first_stage()
-        yield name, run.result(first)

@@ -4,6 +4,7 @@ Every number that a result depends on is a field here, and is written beside the
 """
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -112,9 +113,23 @@ class Recipe:
     point: Point
     videos: Videos
     sizes: Sizes
-    short: Stage  # the first stage: short clips, every frame of them
-    long: Stage  # the second: `point.frames` frames of long clips
+    short: Stage  # first: short clips, every frame of them, no reduction
+    reduced: Stage  # then: the same clips with the point's reduction
+    long: Stage  # last: `point.frames` frames of long clips
     seeds: int
+
+    def stages(self) -> tuple[Stage, Stage, Stage]:
+        """In the order of training."""
+        return self.short, self.reduced, self.long
+
+    def shared(self, stage: int) -> str:
+        """Equal for recipes that are the same up to the end of a stage, number 0 or 1."""
+        found = described(self)
+        del found["long"], found["point"]["frames"]
+        if stage == 0:
+            del found["reduced"], found["point"]["temporal_pool"], found["point"]["spatial_pool"]
+        text = json.dumps(found, sort_keys=True).encode()
+        return f"{self.point.mixer}_{stage}_{hashlib.blake2b(text, digest_size=6).hexdigest()}"
 
 
 def answers_name(split: str, sampling: int) -> str:

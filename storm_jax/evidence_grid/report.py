@@ -82,9 +82,10 @@ def _described(results: dict[str, Result]) -> str:
         f" {seconds / 60:.0f} minutes of processes that shared it; {'; '.join(versions)}",
         f"- videos: `{json.dumps(recipe['videos'])}`",
         f"- model: `{json.dumps(recipe['sizes'])}`",
-        f"- first stage: `{json.dumps(recipe['short'])}`",
+        f"- first stage, short clips, no reduction: `{json.dumps(recipe['short'])}`",
+        f"- second stage, short clips, reduced: `{json.dumps(recipe['reduced'])}`",
         *(
-            f"- second stage, {frames} frames: `{json.dumps(stage)}`"
+            f"- third stage, {frames} frames of long clips: `{json.dumps(stage)}`"
             for frames, stage in sorted(long.items())
         ),
         f"- parameters: {min(r['parameters'] for r in runs):,} to"

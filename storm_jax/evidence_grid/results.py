@@ -67,7 +67,7 @@ class Folder:
             raise EvidenceError(f"{self.path}/runs has no results; run the grid first")
         first = next(iter(results.values())).run
         for result in results.values():
-            for key in ("videos", "sizes", "short", "seeds"):
+            for key in ("videos", "sizes", "short", "reduced", "seeds"):
                 if result.run["recipe"][key] != first["recipe"][key]:
                     raise EvidenceError(
                         f"{result.run['name']} and {first['name']} in {self.path} differ in"

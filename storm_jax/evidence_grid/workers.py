@@ -1,10 +1,10 @@
 """Grid points side by side: processes that share one device, because compiling takes longest."""
 
-import dataclasses
 import multiprocessing
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -15,7 +15,7 @@ _SHARE = 0.92  # of the device's memory, over all processes
 
 
 def run_all(recipes: Sequence[Recipe], data: str, out: str, workers: int) -> list[str]:
-    """Trains and scores the points that have no result; returns what failed, one text a group.
+    """Trains and scores the points that have no result; returns what failed, one text a point.
 
     Args:
       data: folder that `clips.prepare` filled.
@@ -30,37 +30,24 @@ def run_all(recipes: Sequence[Recipe], data: str, out: str, workers: int) -> lis
     say(f"{len(recipes) - len(missing)} of {len(recipes)} grid points are there already")
     if not missing:
         return []
-    groups: dict[Recipe, list[Recipe]] = {}
-    for recipe in missing:
-        groups.setdefault(first_stage_of(recipe), []).append(recipe)
-    jobs = sorted(groups.values(), key=lambda g: sum(r.point.frames for r in g), reverse=True)
-    workers = min(workers, len(jobs))
+    workers = min(workers, len(missing))
     # Read when JAX starts, in the processes.
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{_SHARE / workers:.3f}"
     context = multiprocessing.get_context("spawn")
-    failed, began, done = [], time.time(), 0
-    # A process a group: its memory on the device goes with it.
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        running = {pool.submit(_group, job, data, out): job for job in jobs}
-        for future in as_completed(running):
-            job = running[future]
-            names = ", ".join(recipe.point.name for recipe in job)
+    failed, began = [], time.time()
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        running = {pool.submit(_one, recipe, data, out): recipe for recipe in missing}
+        for done, future in enumerate(as_completed(running), 1):
+            name = running[future].point.name
             try:
                 future.result()
             except Exception as error:  # the others go on; the command fails at the end
-                failed.append(f"{names}: {type(error).__name__}: {error}")
+                failed.append(f"{name}: {type(error).__name__}: {error}")
                 say(f"FAILED {failed[-1]}")
-            done += len(job)
             passed = time.time() - began
             left = passed / done * (len(missing) - done)
             say(f"{done} of {len(missing)} points in {passed:.0f} s, about {left:.0f} s left")
     return failed
-
-
-def first_stage_of(recipe: Recipe) -> Recipe:
-    """Equal for recipes whose first stage is the same."""
-    point = dataclasses.replace(recipe.point, frames=0)
-    return dataclasses.replace(recipe, point=point, long=recipe.short)
 
 
 def say(text: str) -> None:
@@ -68,19 +55,18 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def _group(recipes: list[Recipe], data: str, out: str) -> None:
+def _one(recipe: Recipe, data: str, out: str) -> None:
+    # Tiny scans of several seeds: XLA takes all seeds at once. The GPU's kernels take a launch for
+    # each, and longer to compile than a point to train.
+    sys.modules["jax_triton"] = None  # pyrefly: ignore[unsupported-operation]
+    warnings.filterwarnings("ignore", "selective_scan takes 'xla'")
     # Here, so that the first process never starts JAX.
-    from storm_jax.evidence_grid import point_run
-    from storm_jax.evidence_grid.turns import Turns
+    from storm_jax.evidence_grid.point_run import PointRun
     from storm_jax.training import compile_cache
 
-    compiled = os.path.join(out, "compiled")
-    compile_cache.enable(compiled)
-
-    def told(name: str, text: str) -> None:
-        say(f"{name:<22} {text}")
-
+    work = os.path.join(out, "work")
+    compile_cache.enable(os.path.join(work, "compiled"))
+    name = recipe.point.name
     began = time.time()
-    for name, found in point_run.results(recipes, data, Turns(compiled), told):
-        Folder(out).write(name, {**found, "seconds": round(time.time() - began, 1)})
-        began = time.time()
+    found = PointRun(recipe, data, work, lambda text: say(f"{name:<22} {text}")).result()
+    Folder(out).write(name, {**found, "seconds": round(time.time() - began, 1)})

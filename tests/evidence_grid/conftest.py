@@ -20,6 +20,7 @@ def recipe():
         videos,
         dataclasses.replace(SMOKE.sizes, width=16, heads=2, state=4),
         dataclasses.replace(SMOKE.short, steps=2, batch=4),
+        dataclasses.replace(SMOKE.reduced, steps=2, batch=4),
         dataclasses.replace(SMOKE.long[32], steps=3, batch=4),
         seeds=2,
     )

@@ -8,10 +8,9 @@ import pytest
 
 from storm_jax.config import MeshConfig
 from storm_jax.evidence_grid import seeds
-from storm_jax.evidence_grid.point_run import PointRun, results
+from storm_jax.evidence_grid.point_run import PointRun
 from storm_jax.evidence_grid.recipe import EvidenceError, described, train_config
 from storm_jax.evidence_grid.results import Folder
-from storm_jax.evidence_grid.turns import Turns
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.optim import make_optimizer, trainable_parts
 from storm_jax.training.state import init_state
@@ -20,7 +19,7 @@ from storm_jax.training.step import make_eval_step, make_train_step
 
 @pytest.fixture(scope="module")
 def run(recipe, data, tmp_path_factory):
-    return PointRun(recipe, data, Turns(str(tmp_path_factory.mktemp("turns"))), lambda _: None)
+    return PointRun(recipe, data, str(tmp_path_factory.mktemp("work")), lambda _: None)
 
 
 def test_seeds_at_once_are_seeds_one_by_one(run):
@@ -29,7 +28,7 @@ def test_seeds_at_once_are_seeds_one_by_one(run):
     config = train_config(stage, 1)
     part = run.long("train")
     rows = run.rows(part, run.config, run.length(part))
-    order = run.order(1, len(part.tasks))
+    order = run.order(2, len(part.tasks))
     state = seeds.start(config, seeds.init_params(run.model, 2))
     state, metrics = seeds.make_train_chunk(run.model, config)(state, rows, order)
 
@@ -66,18 +65,19 @@ def test_seeds_differ_in_parameters_and_order(run):
 
 
 @pytest.mark.slow
-def test_points_share_the_first_stage_and_leave_results(recipe, data, tmp_path):
-    more = dataclasses.replace(
-        recipe, point=dataclasses.replace(recipe.point, frames=16), long=recipe.long
-    )
-    said = []
-    found = dict(
-        results([recipe, more], data, Turns(str(tmp_path)), lambda n, t: said.append((n, t)))
-    )
-    assert list(found) == ["mamba_t4_s1_f8", "mamba_t4_s1_f16"]
+def test_points_share_stages_and_leave_results(recipe, data, tmp_path):
+    more = dataclasses.replace(recipe, point=dataclasses.replace(recipe.point, frames=16))
+    said, found = [], {}
+    for one in (recipe, more):
+        name = one.point.name
+        found[name] = PointRun(
+            one, data, str(tmp_path), lambda text, name=name: said.append((name, text))
+        ).result()
     one, two = found.values()
-    assert one["curves"][0] == two["curves"][0]
-    assert [said_by for said_by, text in said if text.startswith("stage 1")] == ["mamba_t4_s1_f8"]
+    assert one["curves"][:2] == two["curves"][:2] and len(two["curves"]) == 3
+    for stage in (1, 2):
+        who = [name for name, text in said if text.startswith(f"stage {stage}")]
+        assert who == ["mamba_t4_s1_f8"]
     assert one["train_step_ms"]["low"] <= one["train_step_ms"]["ms"]
     # 8 frames of 2 x 2 tokens: two pooled frames, one of which temporal sampling keeps.
     tokens = [found["answers"][n]["visual_tokens"] for found in (one,) for n in one["answers"]]
