@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -11,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from storm_jax.evidence_grid.recipe import Recipe
 from storm_jax.evidence_grid.results import Folder
 
+# Compiling would take longer than training: XLA times dozens of kernels for each small product.
+_QUICK = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
 _SHARE = 0.92  # of the device's memory, over all processes
 
 
@@ -33,6 +36,8 @@ def run_all(recipes: Sequence[Recipe], data: str, out: str, workers: int) -> lis
     workers = min(workers, len(missing))
     # Read when JAX starts, in the processes.
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{_SHARE / workers:.3f}"
+    if shutil.which("nvidia-smi"):
+        os.environ.setdefault("XLA_FLAGS", _QUICK)
     context = multiprocessing.get_context("spawn")
     failed, began = [], time.time()
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
