@@ -37,11 +37,16 @@ setup(
         "orbax-checkpoint>=0.12.4",
         "pyyaml>=6.0",
         "qwix>=0.1.8",  # weights in eight bits
+        "scipy>=1.13",  # Student's t distribution; JAX brings it too
         "safetensors>=0.6",  # bfloat16 as NumPy arrays
         "tensorboardX>=2.6",
         "tqdm>=4.66",
         "transformers>=5.13",  # tokenizers and configurations; PyTorch is not needed
     ],
+    entry_points={
+        # docs/evaluation.md; lmms-eval itself pins old versions: it has an environment of its own
+        "lmms_eval.models": ["storm_jax = storm_jax.evaluation.lmms_eval_plugin:manifest"],
+    },
     extras_require={
         # jax-triton 0.4.1 needs Python 3.12 and does not lower on jax 0.12.0.1
         "cuda": ["jax[cuda13]>=0.11,<0.12", "jax-triton>=0.4.1", "triton>=3.7"],

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from storm_jax import answer_flags, cache_flag, checkpoint
+from storm_jax import answer_flags, cache_flag, checkpoint, option_flags
 from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data import subtitles, text
 from storm_jax.data.conversation import Media
@@ -67,17 +67,6 @@ _CONTEXT = flags.DEFINE_integer(
     "context", 0, "Tokens of the whole conversation; 0: as the media and a row of training need.", 0
 )
 _DECODERS = flags.DEFINE_integer("decoders", 0, "Decoding processes; 0: one for each core.", 0)
-# What is left out of a video, see `inference.options.Options`.
-_FRAMES = flags.DEFINE_integer("frames", 0, "Frames taken from a video; 0: as in training.")
-_SAMPLING = flags.DEFINE_integer(
-    "temporal_sampling", 0, "Keep every so many pooled frames; 0: as in training."
-)
-_TEMPORAL_POOL = flags.DEFINE_integer("temporal_pool", 0, "As in training, or an error.")
-_SPATIAL_POOL = flags.DEFINE_integer("spatial_pool", 0, "As in training, or an error.")
-_DUPLICATES = flags.DEFINE_float(
-    "duplicate_threshold", 0.0, "Skip frames whose luma differs less, in levels of 255; 0: none."
-)
-_KEEP = flags.DEFINE_float("keep_tokens", 1.0, "Share of the visual tokens that is kept.")
 
 
 class UsageError(ValueError):
@@ -213,14 +202,7 @@ def configured() -> tuple[RunConfig, Options]:
     """The checkpoint's configuration with the options of the flags in it, and these."""
     trained = checkpoint.read_config(_CHECKPOINT.value)
     try:
-        options = Options(
-            frames=_FRAMES.value,
-            temporal_sampling=_SAMPLING.value,
-            temporal_pool=_TEMPORAL_POOL.value,
-            spatial_pool=_SPATIAL_POOL.value,
-            duplicate_threshold=_DUPLICATES.value,
-            keep_tokens=_KEEP.value,
-        )
+        options = option_flags.options()
         return options.apply(trained), options
     except ConfigError as error:
         raise UsageError(f"--{error}") from error

@@ -77,7 +77,7 @@ _CACHE = flags.DEFINE_integer(
     "cache-mb", _SETTINGS.cache_bytes // _MB, "Device memory for encoded media, MiB.", 0
 )
 _DECODERS = flags.DEFINE_integer(
-    "decoders", _SETTINGS.decoders, "Threads that decode media; each holds one medium's frames.", 1
+    "decoders", _SETTINGS.decoders, "Processes that decode media, and media held as frames.", 1
 )
 _REQUEST_SECONDS = flags.DEFINE_float(
     "request-seconds", _SETTINGS.request_seconds, "Longest time for one request.", 1

@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, full precision and quick compilation for every test."""
 
+import collections
 import json
 import os
 import shutil
@@ -60,11 +61,32 @@ def _file(nodeid):
     return nodeid.split("::")[0].removeprefix("tests/")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases",
+        type=int,
+        default=0,
+        help="cases of each parametrized test, from the first to the last evenly; 0: all",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # behind -m: what is chosen from is what would run
+def pytest_collection_modifyitems(config, items):
     def place(item):
         file = _file(item.nodeid)
         return LONG.index(file) if file in LONG else len(LONG) + (file in LAST)
 
+    if most := config.getoption("--cases"):
+        cases = collections.defaultdict(list)
+        for item in items:
+            cases[item.nodeid.split("[")[0]].append(item)
+        chosen = set()
+        for of_one in cases.values():
+            count = min(most, len(of_one))
+            step = (len(of_one) - 1) / max(count - 1, 1)
+            chosen |= {of_one[round(i * step)] for i in range(count)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     items.sort(key=place)
 
 

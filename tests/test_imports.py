@@ -5,9 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 # Modules of storm_jax that nothing imports.
-COMMANDS = {"compile", "convert", "evidence", "generate", "serve", "stream", "train"}
+COMMANDS = {
+    "compile",
+    "convert",
+    "evaluate",
+    "evidence",
+    "generate",
+    "serve",
+    "stream",
+    "train",
+}
 
 # Package of storm_jax -> packages and modules of storm_jax that it may import besides itself.
 MAY_IMPORT = {
@@ -18,6 +29,7 @@ MAY_IMPORT = {
     "data": {"config", "frames"},
     "chips": set(),
     "answer_flags": {"inference"},
+    "option_flags": {"inference"},
     "cache_flag": {"training"},
     "flops": {"chips", "config", "models"},
     "workdir": {"config", "parallel"},
@@ -28,6 +40,7 @@ MAY_IMPORT = {
     "aot": {"chips", "config", "data", "flops", "models", "parallel", "training"},
     "inference": {"checkpoint", "config", "data", "frames", "models", "parallel", "training"},
     "interop": {"config", "data", "frames", "models"},
+    "evaluation": {"checkpoint", "config", "data", "frames", "inference", "workdir"},
     "serving": {"config", "data", "inference"},
     "evidence_grid": {"config", "data", "frames", "models", "training"},
 }
@@ -121,10 +134,21 @@ def test_transformers_imports_beside_the_folder_kernels():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_models_need_neither_torch_nor_a_video_library():
+@pytest.mark.parametrize(
+    ("statement", "without"),
+    [
+        ("import storm_jax.models.storm", "torch transformers av grain tensorflow"),
+        # Data workers read benchmarks too.
+        (
+            "from storm_jax.evaluation import tasks; tasks.all_tasks()",
+            "jax flax torch transformers av grain pyarrow",
+        ),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(statement, without):
     code = (
-        "import sys, storm_jax.models.storm;"
-        "bad = {'torch', 'transformers', 'av', 'grain', 'tensorflow'} & set(sys.modules);"
+        f"import sys; {statement};"
+        f"bad = set({without.split()}) & set(sys.modules);"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
     env_path = f"{ROOT}:{ROOT / 'kernels'}"

@@ -337,14 +337,18 @@ def encode_prompt(
     turns: Sequence[Turn],
     visual_counts: Sequence[int],
     placeholder: re.Pattern[str] = PLACEHOLDER,
+    answer_prefix: str = "",
 ) -> np.ndarray:
     """Tokens (int32 [n]) up to where the assistant's next answer begins; see `encode`.
 
     Args:
+      answer_prefix: what the answer begins with, which the model goes on from.
       placeholder: what stands for a medium in the turns, where texts of others may spell <video>.
     """
-    pieces = [_render(template, turns, prompt=True, placeholder=placeholder)]
-    return expand(_encode_pieces(tokenizer, pieces)[0], visual_counts).tokens
+    pieces = _render(template, turns, prompt=True, placeholder=placeholder)
+    if answer_prefix:  # tokenized apart from the header, as answers are in training
+        pieces.append(_Piece("text", answer_prefix, False))
+    return expand(_encode_pieces(tokenizer, [pieces])[0], visual_counts).tokens
 
 
 def encode_next(tokenizer: "PreTrainedTokenizerFast", template: Template, text: str) -> np.ndarray:

@@ -165,6 +165,7 @@ class SampledMedium:
     Attributes:
       times: float64 [F], seconds, that the policy asks for. A folder's frame i has time i, an image
         time 0.
+      duration: of the whole file, seconds; 0 for an image, one second a frame for a folder.
     """
 
     def __init__(
@@ -183,10 +184,11 @@ class SampledMedium:
         self._next = 0  # earlier frames can no longer be read
         span = media.start, media.end
         if media.kind == "image":
-            self.times = np.zeros(1)
+            self.times, self.duration = np.zeros(1), 0.0
         elif media.data is None and os.path.isdir(media.path):
             self._files = images_in(media.path)
-            clip = media.path, len(self._files) / _FOLDER_FPS, _FOLDER_FPS, len(self._files)
+            self.duration = len(self._files) / _FOLDER_FPS
+            clip = media.path, self.duration, _FOLDER_FPS, len(self._files)
             times = _times(clip, span, frames.max_frames, frames.fps)
             picks = [min(math.ceil(t * _FOLDER_FPS - 0.5), len(self._files) - 1) for t in times]
             self.times = np.array(picks) / _FOLDER_FPS
@@ -196,6 +198,7 @@ class SampledMedium:
             try:
                 clip = reader.path, reader.duration, reader.fps, reader.frames
                 self.times = _times(clip, span, frames.max_frames, frames.fps)
+                self.duration = reader.duration
             except MediaError:
                 reader.close()
                 raise

@@ -6,17 +6,18 @@ option, with or without its letter, means that option; so outputs of models that
 give texts count. Yes and no are read as TempCompass does: the output begins with the word. What
 follows differs:
 
-`official`, for the families official and vila (whose code scores its outputs so): the rule of
-Video-MME, which LongVideoBench published too. Phrases as "The best answer is" are taken out;
-then the first letter of an option is the answer, wherever it stands. An output of more than ten
-words without such a letter has none. As published it takes capitals of words as well: "Based on
-..." is B.
+`official`, for the families official and vila (VILA asks Video-MME by the official prompt): the
+rule of Video-MME, and of LongVideoBench but for its random choice. Phrases as "The best answer is"
+are taken out; then the first letter of an option is the answer, wherever it stands. As published it
+takes capitals of words as well: "Based on ..." is B. The code of MVBench, MLVU, LVBench and
+TempCompass looks at the beginning only; on an output that begins with its letter it is the same.
 
 `lmms`: the shared rule of lmms-eval 0.7 (Video-MME, MLVU, LVBench). Of all places where a letter
 stands, the best kind counts, and within a kind the last: the start of the output, its end, after a
 phrase as "the answer is", (A), A., A:, A), A and a space, any capital. lmms-eval has rules of their
-own for MVBench, LongVideoBench, EgoSchema and TempCompass; on an output that is a letter, with or
-without brackets, stop or text behind it, they agree with this one.
+own for MVBench, LongVideoBench, EgoSchema and TempCompass. They agree with this one on a letter, as
+A, A., (A), and on these with the option's text behind them; not on outputs that they misread, as
+"A)" for EgoSchema (a random letter) and "Answer: C" for LongVideoBench (A).
 
 The letters are those that the item has: six for MLVU's test set, where lmms-eval knows only A to D.
 """
@@ -74,7 +75,7 @@ def extract(text: str, item: Item, family: Family) -> int | str | None:
 
 
 def _asks_yes_or_no(item: Item) -> bool:
-    return tuple(option.lower() for option in item.options) == ("yes", "no")
+    return item.labels == ("yes", "no")  # without letters
 
 
 def _whole(text: str, item: Item) -> int | None:

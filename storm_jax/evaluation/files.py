@@ -12,15 +12,15 @@ _VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif", ".MP4")
 
 
 def roots(data: Path, names: Sequence[str]) -> list[Path]:
-    """Folders that may be the benchmark's: `data`, and those below it with one of the names.
+    """Folders that may be the benchmark's: those below `data` with one of the names, and `data`.
 
     Names are compared without case, "-", "_" and spaces: "Video-MME" is "videomme".
     """
     if not data.is_dir():
         return [data.parent] if data.is_file() else []
-    wanted = {_key(name) for name in names}
-    below = sorted(d for d in data.iterdir() if d.is_dir() and _key(d.name) in wanted)
-    return [*below, data]
+    folders = sorted(d for d in data.iterdir() if d.is_dir())
+    below = [d for name in names for d in folders if _key(d.name) == _key(name)]
+    return [*dict.fromkeys(below), data]
 
 
 def _key(name: str) -> str:
@@ -133,6 +133,17 @@ def rows(
                 " version?"
             )
     return content
+
+
+def places(roots: Sequence[Path], folders: Sequence[str]) -> list[Path]:
+    """Folders where media may be, those that exist.
+
+    The first is where one that is missing should be: a folder of its own, if there is one.
+    """
+    every = [root / folder for root in roots for folder in folders]
+    there = [place for place in every if place.is_dir()]
+    should = next((place for place in there if place not in roots), None)
+    return list(dict.fromkeys([*([should] if should else every[:1]), *there]))
 
 
 def video(folders: Iterable[Path], names: Sequence[str]) -> str:

@@ -43,7 +43,8 @@ def interleaved(
       times: seconds of the frames that were taken from the video.
       groups: of each frame; -1: left out by temporal sampling; (): each frame is one.
       offset: time of the subtitles' file at which the video starts.
-      duration: where a subtitle without an end ends, seconds of the file; None: never.
+      duration: seconds, where a subtitle without an end ends (LongVideoBench's code takes `offset`
+        off it, so that such a one may end before it starts); None: never.
 
     Returns:
       Lines, <video> where groups of frames stand together, and how many groups stand at each.
@@ -57,10 +58,9 @@ def interleaved(
     parts: list[str] = []
     placed = 0
     for cue in cues:
-        last = cue.end
-        if math.isinf(last) and duration is not None:
-            last = duration
-        start, end = cue.start - offset, last - offset
+        start, end = cue.start - offset, cue.end - offset
+        if math.isinf(end) and duration is not None:
+            end = duration
         middle = (start + end) / 2
         while placed < len(begins) and begins[placed] <= middle:
             parts.append(VIDEO)

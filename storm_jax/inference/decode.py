@@ -20,6 +20,7 @@ class Rows(NamedTuple):
     running: jax.Array  # bool, a token follows
     stopped: jax.Array  # bool, a stop token was chosen
     seen: jax.Array  # bool [B, V], tokens of prompt and answer
+    finite: jax.Array  # bool, no score so far was infinite or NaN
     wishes: Wishes
 
 
@@ -30,7 +31,7 @@ def no_rows(rows: int, vocabulary: int) -> Rows:
     # Each an array of its own: they are donated.
     return Rows(
         zeros, zeros + 0, zeros + 0, off, off & False, jnp.zeros((rows, vocabulary), bool),
-        jax.tree.map(jnp.copy, Wishes.empty(rows)),
+        ~off, jax.tree.map(jnp.copy, Wishes.empty(rows)),
     )  # fmt: skip
 
 
@@ -63,6 +64,7 @@ def begin(
         running=~stopped & (limit > 1),
         stopped=stopped,
         seen=seen_V.at[token].set(True),
+        finite=jnp.isfinite(scores_V).all(),
         wishes=wishes,
     )
     return jax.tree.map(lambda all_, x: all_.at[row].set(x), rows, new)
@@ -106,6 +108,7 @@ def decode(
             running=new & (remaining > 0),
             stopped=rows.stopped | (rows.running & is_stop),
             seen=rows.seen.at[jnp.arange(B), token].max(new),
+            finite=rows.finite & (jnp.isfinite(scores).all(axis=1) | ~rows.running),
             wishes=rows.wishes,
         )
         return step + 1, cache, rows, out

@@ -52,11 +52,14 @@ class Progress:
       tokens: new token ids; a stop token is not among them.
       finish: "stop": a stop token was chosen; "length": no more tokens are allowed, or fit; "": the
         answer goes on.
+      finite: whether every score of the answer so far was; where one was not, nothing can be said
+        about the tokens.
     """
 
     slot: int
     tokens: list[int]
     finish: Literal["", "stop", "length"]
+    finite: bool
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Engine:
         @functools.partial(jax.jit, donate_argnums=(1, 2))
         def run(weights, cache, rows, until_one):
             cache, rows, out = decode(decoder, weights, cache, rows, STEPS, until_one)
-            return cache, rows, (out, rows.running, rows.stopped, rows.position)
+            return cache, rows, (out, rows.position, rows.running, rows.stopped, rows.finite)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def halt(rows, row):
@@ -203,32 +206,35 @@ class Engine:
             return []
         if fresh := {slot: state for slot, state in active.items() if state.first}:
             rows = self._rows
-            token, running, stopped = jax.device_get((rows.token, rows.running, rows.stopped))
+            token, *about = jax.device_get((rows.token, rows.running, rows.stopped, rows.finite))
             progress = []
             for slot, state in fresh.items():
                 state.first = False
-                tokens = [] if stopped[slot] else [int(token[slot])]
-                progress.append(self._progress(slot, state, tokens, running[slot], stopped[slot]))
+                tokens = [] if about[1][slot] else [int(token[slot])]
+                progress.append(self._progress(slot, state, tokens, *about))
             return progress
         with jax.set_mesh(self.loaded.mesh):
             self._cache, self._rows, news = self._run(
                 self.loaded.weights, self._cache, self._rows, np.bool_(not self._free)
             )
-        out, running, stopped, position = jax.device_get(news)
+        out, position, *about = jax.device_get(news)
         progress = []
         for slot, state in active.items():
             tokens = [int(t) for t in out[slot] if t >= 0]
             state.length = int(position[slot])
-            progress.append(self._progress(slot, state, tokens, running[slot], stopped[slot]))
+            progress.append(self._progress(slot, state, tokens, *about))
         return progress
 
-    def _progress(self, slot: int, state: _Slot, tokens: list[int], running, stopped) -> Progress:
-        state.running = bool(running)
+    def _progress(
+        self, slot: int, state: _Slot, tokens: list[int], running_B, stopped_B, finite_B
+    ) -> Progress:
+        state.running, stopped = bool(running_B[slot]), stopped_B[slot]
         if tokens:
             state.behind = tokens[-1:]
         if stopped:  # what came before the stop token was computed to find it
             state.behind = []
-        return Progress(slot, tokens, "" if running else "stop" if stopped else "length")
+        finish = "" if state.running else "stop" if stopped else "length"
+        return Progress(slot, tokens, finish, bool(finite_B[slot]))
 
     def release(self, slot: int) -> None:
         """Frees a slot, also in the middle of an answer."""

@@ -1,6 +1,6 @@
 """A checkpoint made ready to answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -49,6 +49,25 @@ def load(
     abstract = abstract_params(model, mesh, jnp.dtype(config.model.dtype))
     params = checkpoint.load_params(path, abstract)
     return made_ready(config, params, mesh, quantization)
+
+
+def replicas(loaded: LoadedModel, groups: list[list[jax.Device]]) -> list[LoadedModel]:
+    """Copies of a model on further groups of devices, each split as the first one is.
+
+    Args:
+      groups: as many devices each as `loaded` is on.
+    """
+
+    def copy(devices: list[jax.Device]) -> LoadedModel:
+        mesh = _mesh(devices)
+
+        def moved(x: jax.Array) -> jax.Array:
+            assert isinstance(x.sharding, jax.sharding.NamedSharding)
+            return jax.device_put(x, jax.sharding.NamedSharding(mesh, x.sharding.spec))
+
+        return replace(loaded, weights=jax.tree.map(moved, loaded.weights), mesh=mesh)
+
+    return [copy(devices) for devices in groups]
 
 
 def random(

@@ -20,12 +20,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import IO, Any, cast
 
 import numpy as np
 
 from storm_jax.data.conversation import Media
+from storm_jax.data.shared_file import shared
 from storm_jax.data.video import MediaError
 from storm_jax.frames import FrameConfig
 
@@ -86,15 +87,26 @@ class Decoders:
         """Starts decoding a medium; returns at once.
 
         Args:
-          media, frames, size, max_pixels: as of `data.video.sample`.
+          media, frames, size, max_pixels: as of `data.video.sample`. A file that is given open
+            stays so until the frames are closed; its position does not matter.
           timeout: seconds of decoding that the medium may take, those of all workers added up.
             Time that decoded frames wait to be taken does not count.
           chunk: frames that come together; fewer at the end of a stretch.
         """
         if media.data is not None and not isinstance(media.data, bytes):
-            media.data.seek(0)
-            media = replace(media, data=media.data.read())
+            media = replace(media, data=cast(Any, shared(media.data)))
         return Frames(self, media, frames, size, timeout, chunk, max_pixels)
+
+    def clip(
+        self, media: Media, frames: FrameConfig, size: int, timeout: float | None = None
+    ) -> "Future[Clip]":
+        """What is known about a medium before a frame is decoded; arguments as of `sample`.
+
+        The future raises the `MediaError` of a medium that cannot be opened, or of a clip that lies
+        outside it.
+        """
+
+        return Frames(self, media, frames, size, timeout, 1, None, begin=False).opened
 
     def close(self) -> None:
         """Ends all processes, in mid-frame if need be, and waits until they are gone.
@@ -139,12 +151,28 @@ class Decoders:
                 worker.forget(frames)
 
 
+@dataclass(frozen=True)
+class Clip:
+    """What a medium's header says.
+
+    Attributes:
+      times: float64 [F] seconds of the frames that are taken, ascending, see `SampledMedium`.
+      duration: of the whole medium, seconds.
+    """
+
+    times: np.ndarray
+    duration: float
+
+
 class Frames(Iterator[np.ndarray]):
     """The frames of one medium, in order: an iterator of uint8 [n, size, size, 3], n >= 1.
 
     Concatenated they are what `data.video.sample` returns. Made by `Decoders.sample`; taken by one
     thread. The first frame that cannot be had raises the `MediaError`, when it is reached. Whoever
     stops earlier calls `close`.
+
+    Attributes:
+      opened: what its header says, as soon as it is read; or the `MediaError`.
     """
 
     def __init__(
@@ -156,17 +184,27 @@ class Frames(Iterator[np.ndarray]):
         timeout: float | None,
         chunk: int,
         max_pixels: int | None,
+        begin: bool = True,
     ):
+        """`begin`: decode ahead from now on; else the medium is opened for `opened` and closed."""
         self.source = media, frames, size
         self.max_pixels = max_pixels
         self.closed = False
         self.timeout = timeout
-        self._decoders, self._chunk = decoders, chunk
+        self._decoders, self._chunk, self._begin = decoders, chunk, begin
         self._spent = 0.0
         self._stretches: deque[list[tuple[int, int]]] = deque()  # not begun; each a list of chunks
         self._chunks: deque[Future[np.ndarray]] = deque()  # begun, in order
         self._lock = threading.Lock()
-        self._opened = decoders.submit(self._open)
+        self.opened: Future[Clip] = decoders.submit(self._open)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next chunk, or the end or an error, can be had without waiting."""
+        if not self.opened.done():
+            return False
+        with self._lock:
+            return not self._chunks or self._chunks[0].done()
 
     @property
     def count(self) -> int:
@@ -175,13 +213,13 @@ class Frames(Iterator[np.ndarray]):
         Raises:
           MediaError: it cannot be opened, or the clip lies outside it.
         """
-        return self._opened.result()
+        return len(self.opened.result().times)
 
     def __next__(self) -> np.ndarray:
         if self.closed:
             raise StopIteration
         try:
-            self._opened.result()
+            self.opened.result()
             if not self._chunks:
                 raise StopIteration
             frames = self._chunks[0].result()
@@ -194,13 +232,18 @@ class Frames(Iterator[np.ndarray]):
         self._start_more()
         return frames
 
+    @property
+    def seconds(self) -> float:
+        """What decoding has taken so far, all workers together."""
+        return self._spent
+
     def close(self) -> None:
         """Gives up what has not been taken; the file is closed as soon as no worker reads it.
 
         A thread that waits for a chunk meanwhile gets a `concurrent.futures.CancelledError`.
         """
         self.closed = True
-        self._opened.cancel()
+        self.opened.cancel()
         with self._lock:
             self._stretches.clear()
             for future in self._chunks:
@@ -223,9 +266,13 @@ class Frames(Iterator[np.ndarray]):
         """Says that the time is over."""
         return MediaError(self.source[0].path, f"took longer than {self.timeout:g} s to decode")
 
-    def _open(self) -> int:
+    def _open(self) -> Clip:
         with self._decoders.worker(self) as worker:
-            times = worker.times
+            clip = worker.clip
+            self.closed |= not self._begin  # then the worker closes the file
+        if self.closed:
+            return clip
+        times = clip.times
         processes, frame_bytes = self._decoders.processes, self.source[2] ** 2 * 3
         most = min(-(-len(times) // processes), self._decoders.stretch_bytes // frame_bytes)
         length = max(self._chunk, min(most, _dense(times)))
@@ -235,7 +282,7 @@ class Frames(Iterator[np.ndarray]):
             starts = range(i, end, self._chunk)
             self._stretches.append([(j, min(j + self._chunk, end)) for j in starts])
         self._start_more()
-        return len(times)
+        return clip
 
     def _start_more(self) -> None:
         with self._lock:
@@ -289,7 +336,7 @@ class _Worker:
 
     def __init__(self):
         self.serves: Frames | None = None  # whose medium it has open
-        self.times = np.empty(0)  # of that medium's frames, seconds
+        self.clip = Clip(np.empty(0), 0.0)  # of that medium
         self._position = 0  # frames before this one can no longer be read
         self._killed = False  # for good
         self._lock = threading.Lock()
@@ -314,7 +361,12 @@ class _Worker:
     def open(self, frames: Frames) -> None:
         """Opens a medium; what was open before is closed."""
         self.serves = None
-        self.times = self._ask(frames, "open", *frames.source, frames.max_pixels, frames.timeout)
+        if self._process.poll() is not None:  # died meanwhile, which is not this medium's fault
+            with self._lock:
+                self._end()
+            self._start()
+        asked = *frames.source, frames.max_pixels, frames.timeout
+        self.clip = Clip(*self._ask(frames, "open", *asked))
         self.serves, self._position = frames, 0
 
     def can_read(self, frames: Frames, first: int) -> bool:

@@ -7,20 +7,24 @@ It says True when it is ready. Then requests come pickled through standard input
 through standard output, one each:
 
     ("open", media, frame_config, size, max_pixels, timeout)
-                                                  ->  times float64 [F]; what was open is closed
+                            ->  `SampledMedium`'s times and duration; what was open is closed
     ("read", first, last, timeout)                ->  frames uint8 [n, size, size, 3]
     ("close",)                                    ->  None
 
 An answer is (ok, seconds that it took, value); with ok=False the value is the exception.
 """
 
+import contextlib
+import gc
 import os
 import pickle
 import signal
 import sys
 import time
+from dataclasses import replace
 from typing import Any, BinaryIO
 
+from storm_jax.data.shared_file import SharedFile
 from storm_jax.data.video import SampledMedium
 
 
@@ -29,13 +33,18 @@ class _Requests:
 
     def __init__(self):
         self._medium: SampledMedium | None = None
+        self._held = contextlib.ExitStack()
 
     def answer(self, request: tuple[Any, ...]) -> Any:
         match request:
             case ("open", media, frames, size, max_pixels, timeout):
                 self._close()
+                if isinstance(media.data, SharedFile):
+                    # Open, and not by its name: FFmpeg can then reach nothing else.
+                    file = self._held.enter_context(media.data.open())
+                    media = replace(media, data=file)
                 self._medium = SampledMedium(media, frames, size, timeout, max_pixels)
-                return self._medium.times
+                return self._medium.times, self._medium.duration
             case ("read", first, last, timeout):
                 assert self._medium is not None, "read before open"
                 return self._medium.read(first, last, timeout)[0]
@@ -48,6 +57,10 @@ class _Requests:
         if self._medium is not None:
             self._medium.close()
             self._medium = None
+            # A frame of PyAV whose side data were read refers to itself, and only the collector
+            # frees it: late, for it counts objects, of which such a picture is a few.
+            gc.collect(1)
+        self._held.close()
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:

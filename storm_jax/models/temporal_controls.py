@@ -148,7 +148,10 @@ class ControlEncoder(nnx.Module):
         segments_BF = sharding.shard(frame_segments_BF, "batch", "frames")
         segments_BNF = jnp.broadcast_to(segments_BF[:, None], (B, N, F))
         segments_PF = sharding.reshape(segments_BNF, B * N, F)
+        if self.config.mixer == "attention" and F % 2:  # cuDNN's with a mask takes even lengths
+            x_PFD = jnp.pad(x_PFD, ((0, 0), (0, 1), (0, 0)))
+            segments_PF = jnp.pad(segments_PF, ((0, 0), (0, 1)), constant_values=-1)
         x_PFD, _ = self.blocks.scan(
             lambda layer, x, _: (layer(x, segments_PF), None), x_PFD, remat=remat
         )
-        return jnp.swapaxes(sharding.reshape(x_PFD, B, N, F, D), 1, 2)
+        return jnp.swapaxes(sharding.reshape(x_PFD[:, :F], B, N, F, D), 1, 2)

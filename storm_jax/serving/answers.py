@@ -14,6 +14,7 @@ class Usage:
     Attributes:
       mixed: visual tokens before reduction.
       cached: media that were encoded before this request.
+      reused_tokens: of the prompt, that an earlier answer had left in the cache.
       arrived: `time.perf_counter()` when the body was there.
     """
 
@@ -23,6 +24,7 @@ class Usage:
     frames: int = 0
     media: int = 0
     cached: int = 0
+    reused_tokens: int = 0
     answer_tokens: int = 0
     media_seconds: float = 0.0
     arrived: float = field(default_factory=time.perf_counter)
@@ -58,6 +60,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.answer_tokens,
             "total_tokens": self.prompt_tokens + self.answer_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.reused_tokens},
             "storm": {
                 "media": self.media,
                 "media_cached": self.cached,

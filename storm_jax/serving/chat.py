@@ -5,7 +5,7 @@ import contextlib
 import copy
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -80,9 +80,10 @@ class Chat:
         self._check(request, turns, sources)
         began = time.perf_counter()
         frames = request.frames or self._settings.max_frames
-        visuals = await self._visuals(sources, frames, usage)
+        visuals, keys = await self._visuals(sources, frames, usage)
         usage.media_seconds = time.perf_counter() - began
         visuals, tokens = await self._blocking(lambda: self._prompt(request, turns, visuals))
+        keys = [(key, request.temporal_sampling) for key in keys]
         new_tokens = self._new_tokens(request.new_tokens, len(tokens), visuals)
         usage.prompt_tokens, usage.media = len(tokens), len(visuals)
         for visual in visuals:
@@ -100,7 +101,7 @@ class Chat:
             seed=seed,
             stop_tokens=self._stop_tokens,
         )
-        generated = self._generate(tokens, visuals, sampling, request.stop_strings, usage)
+        generated = self._generate(tokens, visuals, keys, sampling, request.stop_strings, usage)
         async with contextlib.aclosing(generated):
             first = await anext(generated)  # admission, and with it every reason to refuse
 
@@ -149,18 +150,20 @@ class Chat:
                 "context_length_exceeded",
             )
 
-    async def _visuals(self, sources: list[Source], frames: int, usage: Usage) -> list[Visual]:
-        """The media, encoded; side by side."""
+    async def _visuals(
+        self, sources: list[Source], frames: int, usage: Usage
+    ) -> tuple[list[Visual], list[Hashable]]:
+        """The media, encoded side by side, and their keys."""
         tasks = [asyncio.create_task(self._visual(source, frames)) for source in sources]
         try:
             results = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        usage.cached = sum(cached for _, cached in results)
-        return [visual for visual, _ in results]
+        usage.cached = sum(cached for _, _, cached in results)
+        return [visual for visual, _, _ in results], [key for _, key, _ in results]
 
-    async def _visual(self, source: Source, frames: int) -> tuple[Visual, bool]:
+    async def _visual(self, source: Source, frames: int) -> tuple[Visual, Hashable, bool]:
         try:
             fetched = await self._reader.fetch(source, frames)
 
@@ -169,10 +172,10 @@ class Chat:
                     decoded = await self._reader.decode(fetched)
                     return await asyncio.wrap_future(self._scheduler.encode(decoded))
 
-            visual = await self._cache.get(fetched.key, make)
+            visual, cached = await self._cache.get(fetched.key, make)
             # Not after an error: someone else may wait for what is decoded from these files.
             fetched.close()
-            return visual
+            return visual, fetched.key, cached
         except MediaError as error:
             self._metrics.media_errors.inc()
             raise invalid(
@@ -217,6 +220,7 @@ class Chat:
         self,
         tokens: np.ndarray,
         visuals: list[Visual],
+        keys: Sequence[Hashable],
         sampling: Sampling,
         stop: tuple[str, ...],
         usage: Usage,
@@ -228,7 +232,7 @@ class Chat:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the reader
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
-        generation = Generation(tokens, tuple(visuals), sampling, stop, deliver)
+        generation = Generation(tokens, tuple(visuals), keys, sampling, stop, deliver)
         visuals.clear()  # else they would stay on the device until the answer ends
         finished = False
         try:
@@ -236,6 +240,7 @@ class Chat:
             while not finished:
                 match await arrived.get():
                     case Delta() as delta:
+                        usage.reused_tokens = generation.reused
                         usage.count(delta.tokens)
                         finished = bool(delta.finish)
                         yield delta

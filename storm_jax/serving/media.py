@@ -2,11 +2,11 @@
 
 import asyncio
 import binascii
+import contextlib
 import dataclasses
-import gc
 import hashlib
 import os
-import time
+import tempfile
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ import numpy as np
 
 from storm_jax.config import DataConfig
 from storm_jax.data import video
-from storm_jax.data.conversation import Kind, Media
+from storm_jax.data.conversation import Media
+from storm_jax.inference.media import Decoders
 from storm_jax.serving.conversation import Source
 from storm_jax.serving.errors import ApiError, invalid
 from storm_jax.serving.local_files import LocalFiles
@@ -50,7 +51,10 @@ class Fetched:
 
 
 class MediaReader:
-    """Fetches and decodes media; blocking work goes to `settings.decoders` threads."""
+    """Fetches media, and has them decoded by `settings.decoders` processes.
+
+    A file that crashes the decoder, or makes it hang, ends a process that is started again.
+    """
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class MediaReader:
         self._metrics, self._remote = metrics, remote
         self._local = LocalFiles(settings.allowed_media_path)
         self._pool = ThreadPoolExecutor(settings.decoders, "media")
+        self.decoders = Decoders(settings.decoders)
         self._hashes: dict[tuple[int, ...], bytes] = {}
 
     async def fetch(self, source: Source, frames: int) -> Fetched:
@@ -126,6 +131,7 @@ class MediaReader:
 
     async def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.decoders.close()
         if self._remote is not None:
             await self._remote.close()
 
@@ -135,7 +141,10 @@ class MediaReader:
         where = source.where
         scheme = url[:16].partition(":")[0].lower()
         if scheme == "data":
-            return await self._blocking(lambda: self._from_data_url(url, where))
+            data = await self._blocking(lambda: self._from_data_url(url, where))
+            if source.frames or source.kind == "image":
+                return data
+            return await self._blocking(lambda: _stored(data))  # every process may read it
         if scheme == "file":
             return self._local.open(url, where)
         if scheme in ("http", "https"):
@@ -189,27 +198,33 @@ class MediaReader:
 
     def _decode(self, fetched: Fetched) -> np.ndarray:
         source = fetched.source
-        began = time.perf_counter()
-        try:
-            if not source.frames:
-                return self._sample(source.kind, fetched, fetched.files[0])
-            return np.concatenate([self._sample("image", fetched, f) for f in fetched.files])
-        finally:
-            fetched.close()
-            # A frame of PyAV whose side data were read refers to itself, and only the collector
-            # frees it: late, for it counts objects, of which such a picture is a few.
-            gc.collect(1)
-            self._metrics.decode_seconds.inc(time.perf_counter() - began)
-
-    def _sample(self, kind: Kind, fetched: Fetched, file: bytes | BinaryIO) -> np.ndarray:
-        source = fetched.source
+        kind = "image" if source.frames else source.kind
         policy = dataclasses.replace(self._data.frames, max_frames=fetched.frames)
-        media = Media(kind, source.where, source.start, source.end, data=file)
         seconds, pixels = self._settings.decode_seconds, self._settings.max_pixels
-        return video.sample(media, policy, self._size, seconds, pixels)[0]
+        decode_seconds = self._metrics.decode_seconds
+        with contextlib.ExitStack() as ended:
+            ended.callback(fetched.close)
+            media = []
+            for file in fetched.files:
+                medium = Media(kind, source.where, source.start, source.end, data=file)
+                frames = self.decoders.sample(
+                    medium, policy, self._size, seconds, max_pixels=pixels
+                )
+                ended.callback(lambda frames=frames: decode_seconds.inc(frames.seconds))
+                ended.callback(frames.close)
+                media.append(frames)
+            return np.concatenate([chunk for frames in media for chunk in frames])
 
     async def _blocking(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+
+def _stored(data: bytes) -> BinaryIO:
+    """A file without a name."""
+    file = tempfile.TemporaryFile()
+    file.write(data)
+    file.flush()
+    return cast(BinaryIO, file)
 
 
 def _read(file: bytes | BinaryIO, most: int) -> bytes:

@@ -47,13 +47,16 @@ class Metrics:
             "Of admitted requests, visual tokens included.",
             registry=registry,
         )
+        self.reused_tokens = Counter(
+            "storm_prompt_tokens_reused", "That an earlier answer had left.", registry=registry
+        )
         self.answer_tokens = Counter("storm_answer_tokens", "Generated.", registry=registry)
         self.visual_tokens = Counter(
             "storm_visual_tokens", "Of admitted requests.", registry=registry
         )
         self.frames = Counter("storm_frames_encoded", "Through the ViT.", registry=registry)
         self.decode_seconds = Counter(
-            "storm_decode_seconds", "Spent decoding media, all threads.", registry=registry
+            "storm_decode_seconds", "Spent decoding media, all processes.", registry=registry
         )
         self.encode_seconds = Counter(
             "storm_encode_seconds", "Spent encoding frames.", registry=registry

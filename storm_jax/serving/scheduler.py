@@ -3,6 +3,9 @@
 In each round the thread encodes at most one medium, admits at most one request into a free slot and
 then lets all running answers go on by a few tokens: nobody who is already answered waits for more
 than one medium and one prompt of others. Requests are admitted in the order of their arrival.
+
+A finished answer stays in its slot until the slot is needed: a request that goes on where it ended,
+as the next turn of a conversation does, has only what is new computed (`serving/parked.py`).
 """
 
 import logging
@@ -10,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,6 +25,7 @@ from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.text import AnswerText
 from storm_jax.serving.metrics import Metrics
+from storm_jax.serving.parked import Found, Parked
 
 _log = logging.getLogger(__name__)
 
@@ -52,17 +56,22 @@ class Generation:
     Attributes:
       tokens: int32 [n], the prompt.
       media: of the prompt, in order; let go once they are in the cache of the slot.
+      keys: of the media, equal for equal visual tokens.
       deliver: called on the scheduler's thread with each `Delta`, the last of which has a
         `finish`, or with the error that ends the answer. It must not block.
+      reused: tokens of the prompt that were in the cache already; known at the first delivery.
     """
 
     tokens: np.ndarray
     media: Sequence[Visual]
+    keys: Sequence[Hashable]
     sampling: Sampling
     stop: tuple[str, ...]
     deliver: Callable[["Delta | Exception"], None]
     cancelled: bool = False
+    reused: int = field(default=0, init=False)
     text: AnswerText | None = field(default=None, init=False)
+    answer: list[int] = field(default_factory=list, init=False)
 
 
 class Scheduler:
@@ -75,6 +84,7 @@ class Scheduler:
         self._waiting: deque[Generation] = deque()
         self._media: deque[tuple[np.ndarray, Future[Visual]]] = deque()
         self._running: dict[int, Generation] = {}
+        self._parked = Parked()
         self._lock = threading.Lock()  # of the two below
         self._closed = False
         self.failure: BaseException | None = None
@@ -82,6 +92,11 @@ class Scheduler:
         metrics.slots.set(self.slots)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def free_slots(self) -> int:
+        """Slots without a running answer."""
+        return self._engine.free_slots + len(self._parked)
 
     def encode(self, frames: np.ndarray) -> "Future[Visual]":
         """Encodes one medium, uint8 [F, H, W, 3]; may be cancelled while it waits."""
@@ -182,24 +197,42 @@ class Scheduler:
             return
 
     def _admit_one(self) -> None:
-        if not (self._waiting and self._engine.free_slots):
+        if not (self._waiting and self.free_slots):
             return
         generation = self._waiting.popleft()
+        tokens, media, sampling = generation.tokens, generation.media, generation.sampling
+        found = self._parked.take(tokens, generation.keys)
         try:
-            slot = self._engine.admit(generation.tokens, generation.media, generation.sampling)
+            if found is not None:
+                self._go_on(found, generation)
+                slot = found.slot
+            else:
+                if not self._engine.free_slots:
+                    self._engine.release(self._parked.oldest())
+                slot = self._engine.admit(tokens, media, sampling)
         except ContextError as error:
             generation.deliver(error)
             return
         except BaseException:
             self._waiting.appendleft(generation)  # is told with the others
             raise
-        self._metrics.prompt_tokens.inc(len(generation.tokens))
-        self._metrics.visual_tokens.inc(sum(visual.count for visual in generation.media))
+        self._metrics.prompt_tokens.inc(len(tokens))
+        self._metrics.reused_tokens.inc(generation.reused)
+        self._metrics.visual_tokens.inc(sum(visual.count for visual in media))
         generation.media = ()
         generation.text = AnswerText(self._tokenizer, generation.stop)
         self._running[slot] = generation
         self._metrics.running.set(len(self._running))
         self._metrics.waiting.set(len(self._waiting))
+
+    def _go_on(self, found: Found, generation: Generation) -> None:
+        new, media = generation.tokens[found.tokens :], generation.media[found.media :]
+        try:
+            self._engine.extend(found.slot, new, media, generation.sampling)
+        except BaseException:
+            self._engine.release(found.slot)
+            raise
+        generation.reused = found.tokens
 
     def _step(self) -> None:
         for progress in self._engine.step() if self._running else ():
@@ -212,12 +245,18 @@ class Scheduler:
             elif finish:
                 new += text.close()
             self._metrics.answer_tokens.inc(len(progress.tokens))
+            generation.answer += progress.tokens
             if finish:
-                self._release(progress.slot)
+                # At a stop string the text ends before the tokens do, and the row still runs.
+                self._release(progress.slot, park=bool(progress.finish))
             if new or progress.tokens or finish:
                 generation.deliver(Delta(new, len(progress.tokens), finish))
 
-    def _release(self, slot: int) -> None:
-        self._engine.release(slot)
-        del self._running[slot]
+    def _release(self, slot: int, park: bool = False) -> None:
+        generation = self._running.pop(slot)
+        if park:
+            held = np.concatenate([generation.tokens, np.asarray(generation.answer, np.int32)])
+            self._parked.park(slot, held, generation.keys)
+        else:
+            self._engine.release(slot)
         self._metrics.running.set(len(self._running))

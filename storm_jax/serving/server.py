@@ -52,9 +52,9 @@ class Server:
         if remote is None and settings.allow_remote_media:
             remote = Remote(settings.max_media_bytes, settings.fetch_seconds)
         size = loaded.config.model.vit.image_size
-        reader = MediaReader(settings, loaded.config.data, size, self.metrics, remote)
+        self.reader = MediaReader(settings, loaded.config.data, size, self.metrics, remote)
         chat = Chat(
-            settings, loaded.config, tokenizer, self.scheduler, context, reader, self.metrics
+            settings, loaded.config, tokenizer, self.scheduler, context, self.reader, self.metrics
         )
         self.app: FastAPI = app.build(settings, self.scheduler, chat, self.metrics)
         self._uvicorn: uvicorn.Server | None = None
@@ -86,7 +86,7 @@ class Server:
                     ended.set()
 
             sampling = Sampling(max_new_tokens=2)
-            self.scheduler.submit(Generation(tokens, (visual,), sampling, (), deliver))
+            self.scheduler.submit(Generation(tokens, (visual,), (frames,), sampling, (), deliver))
             ended.wait()
             if errors:
                 raise errors[0]

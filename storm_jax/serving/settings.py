@@ -22,5 +22,5 @@ class Settings:
     fetch_seconds: float = 30.0  # for one remote medium
     decode_seconds: float = 30.0  # for one medium
     request_seconds: float = 600.0  # from its body to the end of its answer
-    decoders: int = 4  # threads
+    decoders: int = 4  # processes
     cache_bytes: int = 1 << 30  # of encoded media, on the device

@@ -1,5 +1,6 @@
 """A small data set of real mp4 files, and a way to run the commands as users do."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +32,29 @@ def command_environment() -> dict[str, str]:
         "XLA_FLAGS": " ".join(QUICK),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
     }
+
+
+def called(name: str, calls: list[tuple[list[str], str]]) -> list[list]:
+    """Several calls of a command in one process.
+
+    Args:
+      calls: arguments and standard input of each.
+
+    Returns:
+      [exit status, standard output, standard error] of each.
+    """
+    asked = [{"arguments": arguments, "input": text} for arguments, text in calls]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.commands.command_calls", name],
+        cwd=ROOT,
+        input=json.dumps(asked),
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 class Command:

@@ -10,8 +10,13 @@ import time
 import numpy as np
 import pytest
 
+<<<<<<< HEAD
 from storm_jax.data.drawing import write_video
 from tests.commands.conftest import ROOT, command_environment, training
+=======
+from storm_jax.data.synthetic import write_video
+from tests.commands.conftest import ROOT, called, command_environment, training
+>>>>>>> main
 from tests.compilation import SHARED
 from tests.data.media_files import write
 from tests.inference.test_media import children, gone
@@ -82,18 +87,7 @@ def calls(flags):
     """Several calls in one process: a list of (arguments, lines of standard input)."""
 
     def run(*wanted):
-        asked = [{"arguments": [*flags, *a], "input": "".join(i)} for a, i in wanted]
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.commands.generate_calls"],
-            cwd=ROOT,
-            input=json.dumps(asked),
-            env=command_environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return called("generate", [([*flags, *a], "".join(i)) for a, i in wanted])
 
     return run
 

@@ -191,7 +191,8 @@ def mvbench_hf(root: Path) -> None:
 
 _MLVU_DEV: list[tuple[str, str, str, str, list[str], str]] = [
     # folder and file, type, video, question, candidates, answer
-    ("1_plotQA", "plotQA", "movie101_66.mp4", "What colour?", ["Red", "Blue", "Grey", "Red"], "Blue"),
+    ("1_plotQA", "plotQA", "movie101_66.mp4", "What colour?",
+     ["Red", "Blue", "Grey", "Red"], "Blue"),
     ("1_plotQA", "plotQA", "movie101_66.mp4", "How many?", ["1", "2", "3", "4"], "3"),
     ("1_plotQA", "plotQA", "en_tv_1.mp4", "Who runs?", ["He", "She", "It", "They"], "He"),
     ("2_needle", "findNeedle", "needle_32.mp4", "What falls?", ["A", "cup", "pen", "hat"], "hat"),

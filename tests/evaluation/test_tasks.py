@@ -1,4 +1,4 @@
-"""Every benchmark in its official layout and in Hugging Face's: what is read, and scores by hand."""
+"""Every benchmark in its official layout and in Hugging Face's: items, and scores by hand."""
 
 import dataclasses
 import json
@@ -360,9 +360,7 @@ def test_the_folder_may_be_the_one_above_or_below(tmp_path):
     write.videomme_official(tmp_path / "benchmarks" / "Video-MME")
     items = TASKS["videomme"].load(tmp_path / "benchmarks")
     assert items == TASKS["videomme"].load(tmp_path / "benchmarks" / "Video-MME")
-    assert items == TASKS["videomme"].load(
-        tmp_path / "benchmarks" / "Video-MME" / "Video-MME.json"
-    )
+    assert items == TASKS["videomme"].load(tmp_path / "benchmarks" / "Video-MME" / "Video-MME.json")
     write.longvideobench_official(tmp_path / "benchmarks" / "longvideobench")
     assert len(TASKS["longvideobench_test"].load(tmp_path / "benchmarks")) == 3
 

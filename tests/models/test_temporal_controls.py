@@ -16,6 +16,7 @@ from storm_jax.flops import Work, forward_flops
 from storm_jax.inference.load import made_ready
 from storm_jax.inference.prefill import Encoder
 from storm_jax.interop.settings import model_settings
+from storm_jax.models.attention import self_attention
 from storm_jax.models.storm import StormModel, count_parameters
 from storm_jax.models.temporal import MambaLayer, TemporalEncoder, empty_state
 from storm_jax.models.temporal_controls import ControlEncoder, frame_positions
@@ -147,6 +148,31 @@ def test_packed_rows_follow_the_equations(mixer, direction):
     scale = np.abs(expected).max()
     np.testing.assert_allclose(got[valid], expected[valid], atol=1e-5 * scale, rtol=0)
     np.testing.assert_array_equal(got[~valid], x_padded[~valid])
+
+
+@EVERY
+@pytest.mark.parametrize("frames", [1, 3, 7])
+def test_rows_of_an_odd_number_of_frames(mixer, frames):
+    temporal, x, segments = config(mixer), tokens(3, 7)[:, :frames], SEGMENTS[:, 1:][:, :frames]
+    params = random_params(temporal)
+    expected = reference(temporal, x, segments, params)
+    with jax.default_matmul_precision("highest"):
+        got = encode(temporal, params, x, segments)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+
+
+def test_attention_always_gets_an_even_number_of_frames(monkeypatch):
+    """cuDNN's backward pass refuses odd ones where there is a mask."""
+    lengths = []
+
+    def noted(q, *args, **options):
+        lengths.append(q.shape[1])
+        return self_attention(q, *args, **options)
+
+    monkeypatch.setattr("storm_jax.models.temporal_controls.self_attention", noted)
+    for frames in (1, 2, 7):
+        build(config("attention"))(jnp.asarray(tokens(1, frames)), jnp.zeros((1, frames), int))
+    assert lengths == [2, 2, 8]
 
 
 @EVERY

@@ -49,12 +49,11 @@ class Running:
 
     def idle(self, seconds: float = 5.0) -> None:
         """Waits until no request is left; says so if one does not go in that time."""
-        engine = self.server.scheduler._engine
         deadline = time.monotonic() + seconds
         while self.metric("storm_requests_open") or self.metric("storm_requests_running"):
             assert time.monotonic() < deadline, "a request was not given back"
             time.sleep(0.01)
-        assert engine.free_slots == self.metric("storm_slots")
+        assert self.server.scheduler.free_slots == self.metric("storm_slots")
         assert self.metric("storm_requests_waiting") == 0
 
 

@@ -20,10 +20,12 @@ from storm_jax.config import FrameConfig
 from storm_jax.data import text
 from storm_jax.data import video as reading
 from storm_jax.data.conversation import Media, Turn
+from storm_jax.inference.engine import Engine
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.text import AnswerText
 from tests.serving.conftest import tiny_run
 from tests.serving.harness import (
+    CONTEXT,
     MODEL,
     SETTINGS,
     data_url,
@@ -44,17 +46,20 @@ def client(served):
         yield found
 
 
+@pytest.fixture(scope="module")
+def engine(loaded):
+    return Engine(loaded, slots=4, context=CONTEXT)
+
+
 @pytest.fixture
-def direct(served, tokenizer):
+def direct(engine, tokenizer):
     """The engine alone: what it answers to turns with <video>, given the media's frames.
 
     Random choices with a seed: they show the slightest difference, where greedy ones of a random
     model do not.
     """
-    engine = served.server.scheduler._engine  # whose thread waits while no request is there
 
     def answer(turns, media, **fields):
-        served.idle()
         visuals = [engine.encode(frames) for frames in media]
         counts = [v.count for v in visuals]
         tokens = text.encode_prompt(tokenizer, RUN.data.chat_template, turns, counts)
@@ -155,6 +160,31 @@ def test_conversation(client, direct, media):
     returned = answer.choices[0].message.model_dump()  # as clients send it back
     messages += [returned, {"role": "user", "content": "Why?"}]
     client.chat.completions.create(model=MODEL, messages=messages, max_tokens=5)
+
+
+def test_a_further_turn_computes_what_is_new(client, direct, media):
+    url = data_url(media / "picture.png", "image/png")
+    messages = [{"role": "user", "content": [image(url), words("What?")]}]
+
+    def asked(**sampling):
+        return client.chat.completions.create(model=MODEL, messages=messages, **sampling)
+
+    for seed in range(200):  # until an answer reads as the tokens it was made of
+        answer = asked(max_tokens=2, seed=seed, temperature=1.0)
+        said = answer.choices[0].message.content
+        if len(said) == 2 and said.isascii() and said.isalnum():
+            break
+    else:
+        pytest.fail("no answer of two letters")
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "Which?"}]
+    further = asked(max_tokens=20, **SEEDED)
+    held = answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert further.usage.prompt_tokens_details.cached_tokens == held
+    turns = [Turn("user", "<image>\nWhat?"), Turn("assistant", said), Turn("user", "Which?")]
+    pictures = [frames(media / "picture.png", "image")]
+    expected, _, prompt, _ = direct(turns, pictures, max_new_tokens=20)
+    assert (further.choices[0].message.content, further.usage.prompt_tokens) == (expected, prompt)
 
 
 def test_text_that_spells_placeholders(client, direct, media, tokenizer):

@@ -38,8 +38,7 @@ def test_sixteen_clients(loaded, tokenizer, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         result = json.loads((tmp_path / "load.json").read_text())
-        engine = found.server.scheduler._engine
-        assert engine.free_slots == 8
+        assert found.server.scheduler.free_slots == 8
     load = result["all_clients"]
     assert load["errors"] == 0 and load["answered"] > 5 * CLIENTS
     assert load["left_by_the_client"] > 0

@@ -3,11 +3,14 @@
 import base64
 import dataclasses
 import json
+import os
 import random
 import resource
+import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -332,3 +335,25 @@ def test_base64_of_a_frame_that_is_none(served, media):
     url = f"data:video/jpeg;base64,{good},{good[:40]},{good}"
     error = refused(served.ask(video(url)))
     assert error["code"] == "invalid_media"
+
+
+def test_a_decoder_that_dies(served, media):
+    """Killed over a file, as a crash of FFmpeg would: the server and its next request live on."""
+    decoders = served.server.reader.decoders
+    clip = video(data_url(media / "other.mp4"), start=0.1)  # not encoded before
+    stopped = decoders.process_ids
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(served.ask, clip)
+        deadline = time.monotonic() + 20
+        while len(decoders._idle) == decoders.processes:  # none has the file yet
+            assert time.monotonic() < deadline
+        for pid in stopped:
+            os.kill(pid, signal.SIGKILL)
+        error = refused(asked.result())
+    assert error["code"] == "invalid_media" and "died (signal 9)" in error["message"]
+    # Those that died without a file are started anew, and nobody is told.
+    for i in range(decoders.processes):
+        other = video(data_url(media / "other.mp4"), start=0.1 + 0.01 * i)
+        assert served.ask(other).status_code == 200

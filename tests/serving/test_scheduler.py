@@ -39,11 +39,20 @@ def scheduler(engine, tokenizer, monkeypatch):
 
 def asked(scheduler, tokens=10, new=20):
     """Submits an answer; returns it and the queue of what is delivered."""
+    return submitted(scheduler, np.arange(tokens, dtype=np.int32), new)
+
+
+def submitted(scheduler, prompt, new):
     got: queue.Queue[Delta | Exception] = queue.Queue()
-    prompt = np.arange(tokens, dtype=np.int32)
-    generation = Generation(prompt, (), Sampling(max_new_tokens=new), (), got.put)
+    generation = Generation(prompt, (), (), Sampling(max_new_tokens=new), (), got.put)
     scheduler.submit(generation)
     return generation, got
+
+
+def answered(scheduler, prompt, new):
+    """An answer, and everything that was delivered."""
+    generation, got = submitted(scheduler, prompt, new)
+    return generation, ended(got)
 
 
 def ended(got) -> list:
@@ -70,7 +79,7 @@ def test_answers_in_the_order_of_arrival(scheduler, engine):
         thread.join(30)
     pairs = [sorted(order[i : i + 2]) for i in (0, 2, 4)]  # two slots
     assert pairs == [[0, 1], [2, 3], [4, 5]]
-    assert engine.free_slots == 2
+    assert scheduler.free_slots == 2
 
 
 def test_one_prompt_too_long(scheduler, engine):
@@ -78,7 +87,7 @@ def test_one_prompt_too_long(scheduler, engine):
     _, right = asked(scheduler)
     (error,) = ended(wrong)
     assert isinstance(error, ContextError) and error.available == CONTEXT
-    assert ended(right)[-1].finish == "length" and engine.free_slots == 2
+    assert ended(right)[-1].finish == "length" and scheduler.free_slots == 2
 
 
 def test_media_that_cannot_be_encoded(scheduler, engine, monkeypatch):
@@ -129,7 +138,7 @@ def test_cancelled(scheduler, engine):
         scheduler.cancel(generation)
     _, got = asked(scheduler)
     assert ended(got)[-1].finish == "length"
-    assert never.empty() and engine.free_slots == 2
+    assert never.empty() and scheduler.free_slots == 2
 
 
 def test_an_engine_that_fails(scheduler, engine, monkeypatch):

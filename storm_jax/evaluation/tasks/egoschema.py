@@ -44,7 +44,7 @@ class EgoSchema(Task):
         config = "Subset" if self.subset else "GENERATION"
         patterns = ("questions.json", f"{config}/*.parquet", f"*/{config}/*.parquet")
         roots = files.roots(data, _NAMES)
-        answers = _answers(roots)
+        videos, answers = files.places(roots, _FOLDERS), _answers(roots)
         items = []
         for path in files.annotations(data, _NAMES, patterns, "EgoSchema"):
             if path.suffix == ".parquet":
@@ -53,7 +53,7 @@ class EgoSchema(Task):
                 required = ("q_uid", "question", *(f"option {i}" for i in range(5)))
             content = files.rows(path, files.read(path), required, "EgoSchema")
             for number, row in enumerate(content):
-                item = _item(path, number, row, answers, roots)
+                item = _item(path, number, row, answers, videos)
                 if item.answer is not None or not self.subset:
                     items.append(item)
         if not items:
@@ -101,7 +101,7 @@ def _answers(roots: Sequence[Path]) -> dict[str, int]:
 
 
 def _item(
-    path: Path, number: int, row: dict[str, Any], answers: dict[str, int], roots: Sequence[Path]
+    path: Path, number: int, row: dict[str, Any], answers: dict[str, int], videos: Sequence[Path]
 ) -> Item:
     if "q_uid" in row:
         uid = files.text(path, number, row, "q_uid")
@@ -119,7 +119,7 @@ def _item(
         right = options.decided(where, texts, options.answer_index(where, right, texts, "index"))
     return Item(
         id=uid,
-        video=files.video([root / folder for root in roots for folder in _FOLDERS], [uid]),
+        video=files.video(videos, [uid]),
         question=files.text(path, number, row, "question"),
         options=texts,
         answer=right,

@@ -45,19 +45,23 @@ class LongVideoBench(Task):
         if not self.test:
             patterns = ("lvb_val.json", "validation-*.parquet", "*/validation-*.parquet")
         roots = files.roots(data, _NAMES)
+        videos = files.places(roots, ("videos", "video", ""))
+        subtitles = files.places(roots, ("subtitles", "subtitle"))
         items = []
         for path in files.annotations(data, _NAMES, patterns, self._what()):
             content = files.rows(
                 path, files.read(path), _FIELDS, self._what(), ("candidates", "option0")
             )
             for row in content:
-                items.append(self._item(path, row, roots))
+                items.append(self._item(path, row, videos, subtitles))
         return options.unique(str(data), items)
 
     def _what(self) -> str:
         return f"LongVideoBench's {'test' if self.test else 'validation'} set"
 
-    def _item(self, path: Path, row: dict[str, Any], roots: Sequence[Path]) -> Item:
+    def _item(
+        self, path: Path, row: dict[str, Any], videos: Sequence[Path], subtitles: Sequence[Path]
+    ) -> Item:
         where = f"{path}: item {row['id']}"
         candidates = row.get("candidates")
         if candidates is None:  # parquet: as many columns as the longest list needs
@@ -79,17 +83,11 @@ class LongVideoBench(Task):
         offset = row.get("starting_timestamp_for_subtitles") or 0.0
         return Item(
             id=str(row["id"]),
-            video=files.video(
-                [root / folder for root in roots for folder in ("videos", "video", "")],
-                [str(row["video_path"])],
-            ),
+            video=files.video(videos, [str(row["video_path"])]),
             question=str(row["question"]),
             options=texts,
             answer=right,
-            subtitles=files.existing(
-                [root / folder for root in roots for folder in ("subtitles", "subtitle")],
-                str(row["subtitle_path"]),
-            ),
+            subtitles=files.existing(subtitles, str(row["subtitle_path"])),
             subtitle_offset=float(offset),
             categories={
                 name: str(row[name])

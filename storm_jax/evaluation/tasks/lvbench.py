@@ -45,10 +45,10 @@ class LVBench(Task):
 
     def load(self, data: Path) -> list[Item]:
         items = []
-        roots = files.roots(data, _NAMES)
+        videos = files.places(files.roots(data, _NAMES), _FOLDERS)
         for path in files.annotations(data, _NAMES, _PATTERNS, "LVBench"):
             for number, row in enumerate(_flat(path, files.read(path))):
-                items.append(_item(path, number, row, roots))
+                items.append(_item(path, number, row, videos))
         return options.unique(str(data), items)
 
     def ask(
@@ -77,7 +77,7 @@ def _flat(path: Path, content: Any) -> list[dict[str, Any]]:
     return files.rows(path, content, fields, "LVBench", ("key", "video_path"))
 
 
-def _item(path: Path, number: int, row: dict[str, Any], roots: Sequence[Path]) -> Item:
+def _item(path: Path, number: int, row: dict[str, Any], videos: Sequence[Path]) -> Item:
     where = f"{path}: item {row['uid']}"
     printed = files.text(path, number, row, "question")
     if row.get("options"):  # as lmms-eval prints them
@@ -92,7 +92,7 @@ def _item(path: Path, number: int, row: dict[str, Any], roots: Sequence[Path]) -
     return Item(
         id=str(row["uid"]),
         video=files.video(
-            [root / folder for root in roots for folder in _FOLDERS],
+            videos,
             [str(row[name]) for name in ("video_path", "key") if row.get(name)],
         ),
         question=question,

@@ -9,6 +9,7 @@ Files hold items with equal and with empty candidates. Two answers of the dev se
 none of the candidates: they are never right, and count.
 """
 
+import functools
 import json
 import os
 import re
@@ -40,6 +41,7 @@ _DEV = {
 }
 _TEST = ("anomaly_reco count ego needleQA order plotQA sportsQA topic_reasoning tutorialQA").split()
 _LETTER = re.compile(r"\(?[A-F]\)?\.?")
+_NUMBERED = re.compile(r"\d_(?!.*\.json$)")  # folders of tasks, beside which their files may lie
 # The name that a task has elsewhere -> here.
 _DEV_NAMES = {"findNeedle": "needle", "needleQA": "needle"}
 _TEST_NAMES = {"findNeedle": "needleQA", "needle": "needleQA"}
@@ -72,18 +74,20 @@ class MLVU(Task):
             patterns += _parquet("dev")
         roots = files.roots(data, names)
         roots += [root / "MLVU" for root in roots]
-        what = "MLVU's test set" if self.test else "MLVU's dev set"
+        videos = functools.cache(lambda kind, folder: _places(roots, kind, folder))
         items = []
-        for path in files.annotations(data, names, patterns, what):
+        for path in files.annotations(data, names, patterns, self._what):
             content = files.rows(
                 path,
                 files.read(path),
                 ("question_id", "question") if self.test else ("question", "answer"),
-                what,
+                self._what,
                 ("question_type", "task_type"),
             )
+            folder = path.stem if path.suffix == ".json" else ""
             for number, row in enumerate(content):
-                items.append(self._item(path, number, row, roots, what))
+                kind = self._kind(path, number, row)
+                items.append(self._item(path, number, row, kind, videos(kind, folder)))
         seen: Counter[str] = Counter()
         for index, item in enumerate(items):  # a question may be asked twice of a video
             seen[item.id] += 1
@@ -91,38 +95,48 @@ class MLVU(Task):
                 items[index] = replace(item, id=f"{item.id}/{seen[item.id]}")
         return options.unique(str(data), items)
 
-    def _item(
-        self, path: Path, number: int, row: dict[str, Any], roots: Sequence[Path], what: str
-    ) -> Item:
-        where = f"{path}: item {row.get('question_id', number)}"
+    @property
+    def _what(self) -> str:
+        return "MLVU's test set" if self.test else "MLVU's dev set"
+
+    def _kind(self, path: Path, number: int, row: dict[str, Any]) -> str:
+        """The task that a row belongs to, by its name here."""
         kind = str(row.get("question_type") or row.get("task_type"))
         kind = (_TEST_NAMES if self.test else _DEV_NAMES).get(kind, kind)
-        if kind not in (_TEST if self.test else _DEV):
-            known = ", ".join(_TEST if self.test else _DEV)
-            raise TaskError(f"{where} is of the task {kind!r}; {what} has {known}")
+        known = _TEST if self.test else _DEV
+        if kind not in known:
+            raise TaskError(
+                f"{path}: item {number} is of the task {kind!r}; {self._what} has"
+                f" {', '.join(known)}"
+            )
+        return kind
+
+    def _item(
+        self, path: Path, number: int, row: dict[str, Any], kind: str, videos: Sequence[Path]
+    ) -> Item:
+        where = f"{path}: item {row.get('question_id', number)}"
         name = str(row.get("video") or row.get("video_name") or "")
         if not name:
             raise TaskError(f"{where} names no video; expected the field video or video_name")
-        printed = str(row["question"])  # one of the dev set is empty, as its candidates are
-        if row.get("candidates"):
-            question, texts = printed.split("\n(A) ")[0], tuple(map(str, row["candidates"]))
-        else:
+        # One question of the dev set is empty, as are its candidates.
+        question, printed = str(row["question"]), str(row["question"])
+        if row.get("candidates") is None:
             question, texts = options.split_question(where, printed)
-        most = 6 if self.test else 4
-        texts = options.checked(where, texts, most, most, duplicates=True)
-        if printed == question:  # as lmms-eval's copy prints them
-            printed = question + "".join(
-                f"\n({chr(ord('A') + i)}) {option}" for i, option in enumerate(texts)
-            )
-            printed += "\n"
-        folder = path.stem if path.suffix == ".json" else ""
-        stem = os.path.splitext(os.path.basename(name))[0]
-        words = " ".join(question.split())
+        else:
+            texts = row["candidates"]
+            lines = "".join(f"\n({chr(ord('A') + i)}) {text}" for i, text in enumerate(texts))
+            printed = f"{question}{lines}\n"  # as Hugging Face's copy has it
+        count = 6 if self.test else 4
+        texts = options.checked(where, texts, count, count, duplicates=True)
+        if self.test:
+            identity = str(row["question_id"])
+        else:
+            stem = os.path.splitext(os.path.basename(name))[0]
+            words = " ".join(question.split())
+            identity = f"{kind}/{stem}/{zlib.crc32(words.encode()):08x}"
         return Item(
-            id=str(row["question_id"])
-            if self.test
-            else f"{kind}/{stem}/{zlib.crc32(words.encode()):08x}",
-            video=files.video(_places(roots, kind, folder), [name]),
+            id=identity,
+            video=files.video(videos, [name]),
             question=question,
             options=texts,
             answer=_answer(where, row.get("answer"), texts, kind),
@@ -171,18 +185,16 @@ def _parquet(split: str) -> tuple[str, ...]:
 
 def _places(roots: Sequence[Path], kind: str, folder: str) -> list[Path]:
     """Where a task's videos may be: its numbered folder, or one with all videos."""
-    found = []
-    for root in roots:
-        for place in (root / "video", root / "videos", root):
-            numbered = [folder] if folder else []
-            if place.is_dir():
-                numbered += sorted(
-                    d.name
-                    for d in place.iterdir()
-                    if d.is_dir() and d.name.partition("_")[2] == kind
-                )
-            found += [place / name for name in numbered] + [place / kind, place]
-    return found
+    should, names = [], [folder] if folder else []
+    for place in (root / name for root in roots for name in ("video", "videos", ".")):
+        if place.is_dir():
+            numbered = [d.name for d in sorted(place.iterdir()) if _NUMBERED.match(d.name)]
+            names += [name for name in numbered if name.partition("_")[2] == kind]
+            # Where other tasks have a folder each, a missing one has its own too.
+            should += [place / folder] if folder and numbered else []
+    names += [kind, "."]
+    every = [f"{place}/{name}" for place in ("video", "videos", ".") for name in names]
+    return [*should[:1], *files.places(roots, every)]
 
 
 def _answer(where: str, answer: Any, texts: tuple[str, ...], kind: str) -> int | str | None:

@@ -18,7 +18,7 @@ from storm_jax.evaluation.items import Family, Item, Prompt, TaskError
 from storm_jax.evaluation.task import Expected, Task
 
 _NAMES = ("MVBench", "mvbench_video")
-_ROOTS = ("video", "videos", "data0613", "")
+_ROOTS = ("video", "videos", "data0613", ".")
 _CUT = "segment"  # in the names of folders with videos that are cut to the part asked about
 _SYSTEM = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail"
@@ -60,8 +60,9 @@ _FOLDERS: dict[str, tuple[str, ...]] = {
 class MVBench(Task):
     """The metric is the mean of the 20 accuracies, which of a full set is that of all items.
 
-    The official prompt gives its instruction as the system's text, before the question; its code
-    repeats it with the question in some versions. VILA runs lmms-eval's task.
+    MVBench's own code takes an empty output for right ("(" is part of "(A)"), and lmms-eval leaves
+    it out of the mean; here it is wrong. The official prompt gives its instruction as the system's
+    text; some versions of its code repeat it before the question. VILA runs lmms-eval's task.
     """
 
     families: ClassVar[tuple[Family, ...]] = ("official", "lmms", "vila")
@@ -83,9 +84,13 @@ class MVBench(Task):
                     f"{path}: is not called like one of MVBench's 20 tasks ({', '.join(_FOLDERS)})"
                 )
             first = sum(item.id.startswith(f"{task}/") for item in items)
+            folders = (*_FOLDERS[task], task)
+            videos = files.places(
+                roots, [f"{root}/{folder}" for root in _ROOTS for folder in folders]
+            )
             fields = ("video", "question", "candidates", "answer")
             for number, row in enumerate(files.rows(path, files.read(path), fields, "MVBench")):
-                items.append(_item(path, number, row, task, first, roots))
+                items.append(_item(path, number, row, task, first, videos))
         return options.unique(str(data), items)
 
     def ask(
@@ -112,15 +117,11 @@ class MVBench(Task):
 
 
 def _item(
-    path: Path, number: int, row: dict[str, Any], task: str, first: int, roots: Sequence[Path]
+    path: Path, number: int, row: dict[str, Any], task: str, first: int, videos: Sequence[Path]
 ) -> Item:
     where = f"{path}: item {number}"
     texts = options.checked(where, row["candidates"], least=1, duplicates=True)
-    places = [root / folder for root in roots for folder in _ROOTS]
-    video = files.video(
-        [place / folder for place in places for folder in (*_FOLDERS[task], task)],
-        [files.text(path, number, row, "video")],
-    )
+    video = files.video(videos, [files.text(path, number, row, "video")])
     start, end = _seconds(where, row, "start"), _seconds(where, row, "end")
     if _CUT in os.path.basename(os.path.dirname(video)):
         start = end = None

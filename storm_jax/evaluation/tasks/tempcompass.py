@@ -64,7 +64,7 @@ class TempCompass(Task):
             f"*/{self.kind}/*.parquet",
         )
         roots = files.roots(data, _NAMES)
-        places = [root / folder for root in roots for folder in ("videos", "video", "")]
+        places = files.places(roots, ("videos", "video", ""))
         items = []
         for path in files.annotations(data, _NAMES, patterns, what):
             content = files.read(path)

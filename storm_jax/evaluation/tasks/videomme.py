@@ -49,10 +49,13 @@ class VideoMME(Task):
         return Expected(2700, (4, 4), 900, {"duration": lengths})
 
     def load(self, data: Path) -> list[Item]:
+        roots = files.roots(data, _NAMES)
+        videos = files.places(roots, ("data", "videos", "video", ""))
+        subtitles = files.places(roots, ("subtitle", "subtitles"))
         items = []
         for path in files.annotations(data, _NAMES, _PATTERNS, "Video-MME"):
             for number, row in enumerate(_flat(path, files.read(path))):
-                items.append(_item(path, number, row, files.roots(data, _NAMES)))
+                items.append(_item(path, number, row, videos, subtitles))
         return options.unique(str(data), items)
 
     def ask(
@@ -94,7 +97,13 @@ def _flat(path: Path, content: Any) -> list[dict[str, Any]]:
     return files.rows(path, content, (*_VIDEO_FIELDS, *_FIELDS), "Video-MME", ("videoID", "url"))
 
 
-def _item(path: Path, number: int, row: dict[str, Any], roots: Sequence[Path]) -> Item:
+def _item(
+    path: Path,
+    number: int,
+    row: dict[str, Any],
+    videos: Sequence[Path],
+    subtitles: Sequence[Path],
+) -> Item:
     where = f"{path}: item {row['question_id']}"
     lettered = options.checked(where, row["options"], duplicates=True)
     texts = options.unlettered(where, lettered)
@@ -102,15 +111,11 @@ def _item(path: Path, number: int, row: dict[str, Any], roots: Sequence[Path]) -
     name = row.get("videoID") or re.sub(r".*(?:v=|/)", "", files.text(path, number, row, "url"))
     return Item(
         id=str(row["question_id"]),
-        video=files.video(
-            [root / folder for root in roots for folder in ("data", "videos", "video", "")], [name]
-        ),
+        video=files.video(videos, [name]),
         question=files.text(path, number, row, "question"),
         options=texts,
         answer=options.decided(where, texts, right),
-        subtitles=files.existing(
-            [root / folder for root in roots for folder in ("subtitle", "subtitles")], f"{name}.srt"
-        ),
+        subtitles=files.existing(subtitles, f"{name}.srt"),
         categories={
             "duration": str(row["duration"]),
             "domain": str(row["domain"]),

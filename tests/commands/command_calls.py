@@ -1,10 +1,13 @@
-"""Calls `storm_jax.generate` many times in one process, which imports everything once.
+"""Calls a command many times in one process, which imports everything once.
+
+    python -m tests.commands.command_calls NAME
 
 Standard input is a JSON list of {"arguments": [...], "input": text}; standard output gets a JSON
 list of [exit status, standard output, standard error].
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -12,9 +15,8 @@ import sys
 
 from absl import flags
 
-from storm_jax import generate
-
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # as the command does
+command = importlib.import_module(f"storm_jax.{sys.argv[1]}")
 calls = json.load(sys.stdin)
 results = []
 for call in calls:
@@ -24,7 +26,7 @@ for call in calls:
     sys.stdin = io.StringIO(call["input"])
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = generate.main(generate.parse(["generate", *call["arguments"]]))
+            status = command.main(command.parse([sys.argv[1], *call["arguments"]]))
         except SystemExit as end:
             status = end.code
     results.append([status, out.getvalue(), err.getvalue()])
