@@ -110,8 +110,8 @@ class Direction(Family):
         word, exact, side = question.options[answer], tint(rng, colour), layout.side(rng)
         first = layout.group * int(rng.integers(layout.groups))
         travel = rng.uniform(0.45, 0.6) * layout.size
-        start, across = layout.place(rng)
-        along = start * (layout.size - side - travel) + np.linspace(0, travel, layout.group)
+        across = layout.lane(rng)
+        along = rng.random() * (layout.size - side - travel) + np.linspace(0, travel, layout.group)
         contents = _empty(layout)
         for i, position in enumerate(np.rint(along).astype(int).tolist()):
             other = int(across * (layout.size - side + 1))
@@ -210,7 +210,7 @@ class State(Family):
 
     def ask(self, rng: np.random.Generator, layout: Layout) -> Question:
         shape = str(rng.choice(SHAPES))
-        before, *options = layout.four_colours(rng, shape)
+        before, *options = layout.some_colours(rng, shape, SLOTS)
         text = f"Which colour did the {shape} turn right after {before}"
         return _list(text, options, ((before, shape),), (before, *options))
 
@@ -283,7 +283,7 @@ class Frame(Family):
 
     def ask(self, rng: np.random.Generator, layout: Layout) -> Question:
         shape, number = str(rng.choice(SHAPES)), int(rng.integers(layout.frames))
-        options = layout.four_colours(rng, shape)
+        options = layout.some_colours(rng, shape, SLOTS)
         text = f"Which colour is the {shape} in frame {number + 1} of {layout.frames}"
         return _list(text, options, (("", shape),), options, number)
 
@@ -311,7 +311,7 @@ class Part(Family):
     def ask(self, rng: np.random.Generator, layout: Layout) -> Question:
         shape = str(rng.choice(SHAPES))
         parts, word = (4, "quarter") if layout.groups >= 4 else (2, "half")
-        options = layout.four_colours(rng, shape)[:parts]
+        options = layout.some_colours(rng, shape, parts)
         number = int(rng.integers(parts))
         which = ("first", "second", "third")[number] if number < parts - 1 else "last"
         text = f"Which colour was the {shape} in the {which} {word}"

@@ -69,12 +69,12 @@ class Layout:
         pairs = [(c, s) for s in SHAPES for c in self.colours_of(s) if c != other_than]
         return pairs[rng.integers(len(pairs))]
 
-    def four_colours(self, rng: np.random.Generator, shape: str) -> list[str]:
-        """Four colours, at least one of which the shape has in these clips only, if held out."""
+    def some_colours(self, rng: np.random.Generator, shape: str, count: int) -> list[str]:
+        """Different colours for a shape: those it has in these clips, then, if too few, others."""
         own = self.colours_of(shape)
-        chosen = [str(c) for c in rng.permutation(own)[:4]]
-        rest = [str(c) for c in rng.permutation([c for c in COLOURS if c not in own])]
-        return [str(c) for c in rng.permutation(chosen + rest[: 4 - len(chosen)])]
+        others = [c for c in COLOURS if c not in own]
+        chosen = [*rng.permutation(own), *rng.permutation(others)][:count]
+        return [str(c) for c in rng.permutation(chosen)]
 
     def colour_of_digit(self, rng: np.random.Generator, digit: str) -> str:
         """A colour that the digit has in these clips."""
@@ -85,10 +85,16 @@ class Layout:
     def place(self, rng: np.random.Generator) -> np.ndarray:
         """A position of these clips as two fractions of the room there is, float [2] in [0, 1)."""
         while True:
-            place = rng.random(2)
-            column, row = (place * _CELLS).astype(int)
+            (column, row), place = _inside(rng, 2)
             if ((column + 2 * row) % _CELLS == 0) == self.held_out:
                 return place
+
+    def lane(self, rng: np.random.Generator) -> float:
+        """One such fraction: where across the frame something moves along it."""
+        while True:
+            (cell,), (lane,) = _inside(rng, 1)
+            if (cell == 2) == self.held_out:
+                return lane
 
     def shape_at(
         self, place: np.ndarray, side: int, shape: str, colour: np.ndarray, rows: float = 1.0
@@ -115,6 +121,12 @@ class Layout:
     def digit(self, rng: np.random.Generator, digit: str) -> Sprite:
         """A digit of random colour and position."""
         return self.digit_at(self.place(rng), digit, tint(rng, self.colour_of_digit(rng, digit)))
+
+
+def _inside(rng: np.random.Generator, axes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cells and the fractions in them, [axes] each, well inside: no pixel belongs to two cells."""
+    cells = rng.integers(_CELLS, size=axes)
+    return cells, (cells + rng.uniform(0.2, 0.8, axes)) / _CELLS
 
 
 def _unseen(thing: int, colour: str) -> bool:
