@@ -207,7 +207,14 @@ def _inputs(kind: str, clips, described: np.ndarray, rng: np.random.Generator):
     # frame that is the same in all.
     whole = described[:, :, -_CENTRE * _CENTRE :].sum(1) / _SMALL
     flat = described.reshape(len(described), described.shape[1] * described.shape[2])
-    seen = np.concatenate([flat, whole], -1)
+    colours = described[:, :, : 3 * _SLOTS]
+    # How much the colours change from one picture to the next, and those of the picture in which
+    # the frame lies that the question numbers.
+    changes = np.abs(np.diff(colours, axis=1)).sum(1)
+    shown = max(described.shape[1], 1)
+    numbered = clips["numbers"].reshape(len(described), shown, -1).sum(2)[:, : described.shape[1]]
+    asked = np.einsum("bt,btf->bf", numbered, colours)
+    seen = np.concatenate([flat, whole, changes, asked], -1)
     return {**data, "seen": seen}
 
 
