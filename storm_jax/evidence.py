@@ -18,6 +18,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from storm_jax.evidence_grid import clips
 from storm_jax.evidence_grid.grids import GRIDS
@@ -81,11 +82,15 @@ def _run(args: argparse.Namespace) -> int:
             )
         recipes = [recipe for recipe in recipes if recipe.point.name in names]
     data = args.data or os.path.join(args.out, "data")
+    clips.check(data, grid.videos)
     say(f"writing and decoding videos in {data}")
-    clips.prepare(data, grid.videos, args.decoders)
+    with ThreadPoolExecutor(1) as thread:
+        # Points train on short clips, and compile, while the long ones are made.
+        videos = thread.submit(clips.prepare, data, grid.videos, args.decoders)
+        failed = [] if args.prepare else run_all(recipes, data, args.out, args.workers)
+        videos.result()
     if args.prepare:
         return DONE
-    failed = run_all(recipes, data, args.out, args.workers)
     if any(Folder(args.out).has(recipe) for recipe in recipes):
         _report(args)
     for line in failed:

@@ -1,8 +1,10 @@
 """The videos of a grid: written once, decoded once by the project's own reader, kept as arrays."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,10 +15,12 @@ from storm_jax.data import video
 from storm_jax.data.controlled.writing import DataSetError, Parameters, write_data_set
 from storm_jax.data.conversation import Media, Turn
 from storm_jax.data.open_records import open_records
-from storm_jax.evidence_grid.recipe import SPLITS, EvidenceError, Videos
+from storm_jax.evidence_grid.recipe import SPLITS, EvidenceError, Videos, difference
 from storm_jax.frames import FrameConfig
 
 _TIMEOUT = 30.0  # seconds a file
+_FAILED = "failed"  # the file that says that no more videos will come
+_POLL = 0.3  # seconds
 _AT_ONCE = 32  # clips that a process decodes before it is given more
 
 
@@ -67,31 +71,67 @@ def folders(data: str, videos: Videos) -> dict[str, Parameters]:
     return found
 
 
+def check(data: str, videos: Videos) -> None:
+    """Raises EvidenceError if a folder holds, or has begun to hold, another data set."""
+    for folder, parameters in folders(data, videos).items():
+        path = os.path.join(folder, "dataset.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file).get("parameters")
+            wanted = json.loads(json.dumps(dataclasses.asdict(parameters)))
+            del wanted["backgrounds"]  # the generator compares what they show
+            if found != wanted:
+                raise EvidenceError(
+                    f"{path} is of another data set: {difference(found, wanted)}. Name another"
+                    " --data, or remove it"
+                )
+
+
 def prepare(data: str, videos: Videos, workers: int = 0) -> None:
-    """Writes the videos and their decoded frames, or leaves what is there.
+    """Writes the videos and their decoded frames, or leaves what is there; short clips first.
 
     Raises:
       EvidenceError: a folder holds another data set, or a video cannot be read.
     """
+    os.makedirs(data, exist_ok=True)
+    failed = os.path.join(data, _FAILED)
+    if os.path.exists(failed):
+        os.remove(failed)
     todo = folders(data, videos)
     cores = workers or len(os.sched_getaffinity(0))
-    each = max(1, round(2 * cores / len(todo)))  # one waits while the other is busy
 
-    def make(folder: str) -> None:
+    def make(folder: str, processes: int) -> None:
         try:
-            write_data_set(folder, todo[folder], each)
+            write_data_set(folder, todo[folder], processes)
         except DataSetError as error:
             raise EvidenceError(str(error)) from error
         for split in ("train", *SPLITS):
             if getattr(todo[folder], split):
-                _decode(folder, split, todo[folder], each)
+                _decode(folder, split, todo[folder], processes)
 
-    with ThreadPoolExecutor(min(len(todo), cores)) as threads:
-        list(threads.map(make, todo))
+    short = list(todo)[: len(videos.short_scales)]
+    try:
+        for group in (short, [folder for folder in todo if folder not in short]):
+            each = max(1, round(2 * cores / max(1, len(group))))  # one waits while another is busy
+            with ThreadPoolExecutor(max(1, len(group))) as threads:
+                list(threads.map(make, group, [each] * len(group)))
+    except BaseException as error:
+        with open(failed, "w", encoding="utf-8") as file:  # for those who wait in `load`
+            file.write(str(error))
+        raise
 
 
 def load(folder: str, split: str) -> Clips:
-    """A split that `prepare` made."""
+    """A split that `prepare` made, or makes now in another process: then this waits.
+
+    Raises:
+      EvidenceError: the other process failed.
+    """
+    failed = os.path.join(os.path.dirname(folder), _FAILED)
+    while not os.path.exists(_array(folder, split)):
+        if os.path.exists(failed):
+            raise EvidenceError(f"the videos in {os.path.dirname(folder)} were not made")
+        time.sleep(_POLL)
     records = _records(folder, split)
     with open(os.path.join(folder, f"{split}.jsonl"), encoding="utf-8") as file:
         options = [len(json.loads(line)["options"]) for line in file]

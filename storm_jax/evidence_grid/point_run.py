@@ -62,6 +62,7 @@ class PointRun:
         folders = list(clips.folders(data, recipe.videos))
         self._short = folders[: len(recipe.videos.short_scales)]
         self._long = folders[len(self._short) :]
+        clips.load(folders[0], "train")  # waits until there is a tokenizer
         self.tokenizer = load_tokenizer(os.path.join(folders[0], "tokenizer"))
         self.config = model_config(
             recipe.point,

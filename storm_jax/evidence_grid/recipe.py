@@ -142,6 +142,15 @@ def described(recipe: Recipe) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
+def difference(found, wanted, where: str = "") -> str:
+    """The first field in which two trees of JSON differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in [*wanted, *found]:
+            if found.get(name) != wanted.get(name):
+                return difference(found.get(name), wanted.get(name), f"{where}.{name}".strip("."))
+    return f"{where} is {found!r}, not {wanted!r}"
+
+
 def model_config(point: Point, sizes: Sizes, size: int, vocabulary: int) -> ModelConfig:
     """The model of a grid point: storm_jax's own, tiny.
 

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storm_jax.evidence_grid.answers import Answers
-from storm_jax.evidence_grid.recipe import EvidenceError, Recipe, answers_name, described
+from storm_jax.evidence_grid.recipe import (
+    EvidenceError,
+    Recipe,
+    answers_name,
+    described,
+    difference,
+)
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,3 @@ class Folder:
                         f" {key}: {difference(result.run['recipe'][key], first['recipe'][key])}"
                     )
         return results
-
-
-def difference(found, wanted, where: str = "") -> str:
-    """The first field in which two trees of JSON differ."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for name in [*wanted, *found]:
-            if found.get(name) != wanted.get(name):
-                return difference(found.get(name), wanted.get(name), f"{where}.{name}".strip("."))
-    return f"{where} is {found!r}, not {wanted!r}"

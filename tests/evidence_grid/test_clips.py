@@ -1,3 +1,4 @@
+import dataclasses
 import os
 
 import numpy as np
@@ -39,7 +40,23 @@ def test_sampled_groups_are_groups_of_events():
 
 
 def test_another_data_set_is_refused(data, recipe):
-    import dataclasses
-
+    other = dataclasses.replace(recipe.videos, seed=1)
     with pytest.raises(EvidenceError, match="seed is 0 there and 1 here"):
-        clips.prepare(data, dataclasses.replace(recipe.videos, seed=1), 1)
+        clips.prepare(data, other, 1)
+    with pytest.raises(EvidenceError, match="were not made"):  # who waits is told
+        clips.load(os.path.join(data, "short_99"), "train")
+    with pytest.raises(EvidenceError, match="seed is 0, not 1"):
+        clips.check(data, other)
+    clips.check(data, recipe.videos)
+    clips.prepare(data, recipe.videos, 1)
+
+
+def test_still_backgrounds_can_be_named(recipe, tmp_path):
+    videos = dataclasses.replace(
+        recipe.videos, backgrounds="still", scales=(), short_train=2, families=("direction",)
+    )
+    clips.prepare(str(tmp_path), videos, 1)
+    frames = clips.load(str(tmp_path / "short_4"), "train").frames.astype(int)
+    # The object shows in one group of four; the others hold the picture and noise alone.
+    away = np.abs(frames[0] - np.median(frames[0], axis=0)).mean(axis=(1, 2, 3))
+    assert sorted(away)[3] < 6
