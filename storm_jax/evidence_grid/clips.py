@@ -54,7 +54,7 @@ def folders(data: str, videos: Videos) -> dict[str, Parameters]:
         found[os.path.join(data, f"short_{scale}")] = Parameters(
             train=videos.short_train,
             test=0,
-            test_seen=0,
+            test_seen=videos.test,
             frames=videos.short_frames,
             group=scale,
             **of_all,

@@ -43,7 +43,7 @@ class Trained(NamedTuple):
     """What the stages so far leave behind."""
 
     params: Params
-    curves: list[dict[str, list]]
+    curves: list[dict[str, Any]]
 
 
 class PointRun:
@@ -74,9 +74,9 @@ class PointRun:
 
     # ---------------------------------------------------------------------------------------- data
 
-    def short(self) -> Clips:
-        """Training clips of the first stage."""
-        parts = [clips.load(folder, "train") for folder in self._short]
+    def short(self, split: str) -> Clips:
+        """Clips of the first two stages, "train" or "test_seen"."""
+        parts = [clips.load(folder, split) for folder in self._short]
         return clips.joined(parts, self.recipe.videos.short_frames)
 
     def long(self, split: str) -> Clips:
@@ -125,7 +125,8 @@ class PointRun:
                 before = Trained(seeds.init_params(self.model, self.recipe.seeds), [])
             else:
                 before = self.shared(stage - 1)
-            params, curve, _ = self._train(stage, self.short(), before.params)
+            params, curve, _ = self._train(stage, self.short("train"), before.params)
+            curve["held_out"] = self._short_accuracy(stage, params)
             found = Trained(params, [*before.curves, curve])
             arrays = [np.asarray(x) for x in jax.tree.leaves(params)]
             with open(path + ".part", "wb") as file:
@@ -152,19 +153,34 @@ class PointRun:
             "versions": {"storm_jax": storm_jax.__version__, "jax": jax.__version__},
         }
 
+    def _model(self, stage: int) -> StormModel:
+        """The first stage reduces nothing."""
+        reduction = ReductionConfig() if stage == 0 else self.config.reduction
+        return StormModel(dataclasses.replace(self.config, reduction=reduction))
+
+    def _short_accuracy(self, stage: int, params: Params) -> dict[str, list[float]]:
+        """Accuracy of each seed on short clips that are not trained on, percent, by task."""
+        part, model = self.short(SPLITS[0]), self._model(stage)
+        on_device = self.rows(part, model.config, self.length(part, config=model.config))
+        with self._turns.together():
+            right = seeds.scored(seeds.make_score(model), params, on_device, _SCORED)
+        found = Answers(right, part.tasks, 1 / part.options, 0).of_task()
+        of_task = {task: np.round(values, 1).tolist() for task, values in found.items()}
+        self._say(f"stage {stage + 1}, held out: {of_task}")
+        return of_task
+
     def _train(self, number: int, part: Clips, params: Params):
         """Parameters, curve, and behind the last stage milliseconds of a step of one seed."""
         stage = self.recipe.stages()[number]
         config = train_config(stage, 0)
-        reduction = ReductionConfig() if number == 0 else self.config.reduction
-        model = StormModel(dataclasses.replace(self.config, reduction=reduction))
+        model = self._model(number)
         length = self.length(part, config=model.config)
         on_device = self.rows(part, model.config, length)
         state = [seeds.start(config, params)]
         chunk = seeds.make_train_chunk(model, config)
         index = self.order(number, len(part.tasks))
         size = min(CHUNK, stage.steps)
-        curve: dict[str, list] = {"step": [], "loss": [], "accuracy": []}
+        curve: dict[str, Any] = {"step": [], "loss": [], "accuracy": []}
         began = 0.0
         for at in range(0, stage.steps, size):
             with self._turns.together():

@@ -76,6 +76,7 @@ class Sizes:
     """The tiny model."""
 
     patch: int = 12
+    shuffle: int = 2  # 4: a frame is one token, and there is nothing to pool in space
     width: int = 64
     vit_layers: int = 1
     decoder_layers: int = 2
@@ -171,7 +172,7 @@ def model_config(point: Point, sizes: Sizes, size: int, vocabulary: int) -> Mode
             position_scale=sizes.position_scale,
             frames_per_call=0,
         ),
-        projector=ProjectorConfig(shuffle=2),
+        projector=ProjectorConfig(shuffle=sizes.shuffle),
         temporal=TemporalConfig(
             layers=0 if point.mixer == "none" else sizes.mamba_layers,
             mixer="mamba" if point.mixer == "none" else point.mixer,
