@@ -112,6 +112,9 @@ class PointRun:
 
     def shared(self, stage: int) -> Trained:
         """Behind stage 0 or 1 on short clips: trained by whoever comes first, then read."""
+        if self.recipe.stages()[stage].steps == 0:
+            before = self._start() if stage == 0 else self.shared(stage - 1)
+            return Trained(before.params, [*before.curves, {}])
         path = os.path.join(self._work, f"{self.recipe.shared(stage)}.npz")
         leaves, tree = jax.tree.flatten(self.model.abstract())
         with open(path + ".lock", "w") as lock:
@@ -121,10 +124,7 @@ class PointRun:
                     params = [jax.numpy.asarray(file[f"arr_{i}"]) for i in range(len(leaves))]
                     curves = json.loads(str(file["curves"]))
                 return Trained(jax.tree.unflatten(tree, params), curves)
-            if stage == 0:
-                before = Trained(seeds.init_params(self.model, self.recipe.seeds), [])
-            else:
-                before = self.shared(stage - 1)
+            before = self._start() if stage == 0 else self.shared(stage - 1)
             params, curve, _ = self._train(stage, self.short("train"), before.params)
             curve["held_out"] = self._short_accuracy(stage, params)
             found = Trained(params, [*before.curves, curve])
@@ -133,6 +133,9 @@ class PointRun:
                 np.savez(file, *arrays, curves=np.array(json.dumps(found.curves)))
             os.replace(path + ".part", path)
             return found
+
+    def _start(self) -> Trained:
+        return Trained(seeds.init_params(self.model, self.recipe.seeds), [])
 
     def result(self) -> dict[str, object]:
         """Trains on long clips and scores; returns what the point's file holds."""

@@ -63,7 +63,7 @@ class Videos:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: linear warm-up, cosine to zero."""
+    """One stage of training: linear warm-up, cosine to zero; 0 steps skip one on short clips."""
 
     steps: int
     batch: int
