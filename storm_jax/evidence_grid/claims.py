@@ -1,8 +1,9 @@
 """The paper's claims as contrasts of grid points, and the rule that decides about each.
 
-The rule was written down before any run of the grid, after first tuning runs. A contrast is a weighted sum of average accuracies on
-clips drawn as the training clips ("test_seen"), in points. It has two 95 % intervals, over seeds
-and over test clips (`statistics`); "low" and "high" are the outermost ends of the two.
+The rule was written down before any run of the grid, after first tuning runs. A contrast is a
+weighted sum of average accuracies on clips drawn as the training clips ("test_seen"), in points. It
+has two 95 % intervals, over seeds and over test clips (`statistics`); "low" and "high" are the
+outermost ends of the two.
 
 A claim that the contrast is above zero:
     low > 0                                   reproduced

@@ -11,21 +11,17 @@ from typing import Literal
 
 from storm_jax.config import (
     CheckpointConfig,
-    DataConfig,
     DecoderConfig,
-    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     PartRates,
     ProjectorConfig,
     RematConfig,
-    RunConfig,
-    SourceConfig,
     TemporalConfig,
     TrainConfig,
     VitConfig,
 )
-from storm_jax.frames import FrameConfig, ReductionConfig
+from storm_jax.frames import ReductionConfig
 
 Mixer = Literal["none", "mamba", "mlp", "attention", "convolution"]
 SAMPLING = 2  # the paper's temporal sampling keeps every second pooled frame, at test time
@@ -232,40 +228,4 @@ def train_config(stage: Stage, seed: int) -> TrainConfig:
         eval_every=0,
         eval_samples=1 << 30,
         seed=seed,
-    )
-
-
-def run_config(
-    name: str,
-    model: ModelConfig,
-    train: TrainConfig,
-    sources: tuple[str, ...],
-    held_out: tuple[str, ...],
-    tokenizer: str,
-    frames: int,
-    length: int,
-) -> RunConfig:
-    """One stage as `python -m storm_jax.train` takes it.
-
-    Args:
-      sources, held_out: JSONL files.
-      tokenizer: folder.
-      frames: of a clip that the model sees.
-      length: tokens of a row.
-    """
-    return RunConfig(
-        name=name,
-        model=model,
-        data=DataConfig(
-            train=tuple(SourceConfig(path) for path in sources),
-            eval=tuple(SourceConfig(path) for path in held_out),
-            frames=FrameConfig(frames),
-            tokenizer=tokenizer,
-            chat_template="gemma",
-            sequence_length=length,
-            row_frames=frames,
-            pack=False,
-        ),
-        train=train,
-        mesh=MeshConfig(data=1, fsdp=-1),
     )
