@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("seed", "of everything random"),
     ):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=meaning)
-    parser.add_argument("--backgrounds", default="", help="folder of videos to show behind")
+    parser.add_argument(
+        "--backgrounds", default="", help="folder of videos to show behind, or still"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
     args = parser.parse_args(argv)
     try:

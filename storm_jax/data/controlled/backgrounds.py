@@ -52,6 +52,17 @@ class Texture(Background):
         return np.clip(pictures, 20, 235)
 
 
+class Still(Background):
+    """One muted picture a clip that never changes: the calmest case, for tiny models."""
+
+    description = {"kind": "procedural: one still picture with a natural spectrum a clip"}
+
+    def draw(self, rng: np.random.Generator, groups: int, size: int, held_out: bool) -> np.ndarray:
+        grey = rng.uniform(90, 150) + rng.uniform(0, 10) * texture(rng, size)
+        picture = grey[:, :, None] + rng.uniform(-8, 8, 3)
+        return np.repeat(picture[None].astype(np.float32), groups, axis=0)
+
+
 class Clips(Background):
     """Real videos, played forwards and backwards in turn from a random moment on.
 

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import storm_jax
-from storm_jax.data.controlled.backgrounds import Background, Clips, Texture
+from storm_jax.data.controlled.backgrounds import Background, Clips, Still, Texture
 from storm_jax.data.controlled.clip import make_clip, pose
 from storm_jax.data.controlled.families import FAMILIES, Family
 from storm_jax.data.controlled.layout import Layout
@@ -23,6 +23,7 @@ from storm_jax.data.text import train_tokenizer
 VERSION = 1  # of the generator: other clips for the same parameters need another number
 VOCABULARY = 512  # ids of the tokenizer: 256 bytes, 8 special tokens, the words
 
+STILL = "still"  # as `backgrounds`
 _CHUNK = 32  # clips that a worker makes before it reports
 _SPLITS = ("train", "test", "test_seen")
 
@@ -42,7 +43,7 @@ class Parameters:
         like `train`.
       frames, size, group: see `Layout`.
       seed: of everything random.
-      backgrounds: folder of videos; "": procedural textures.
+      backgrounds: folder of videos; "": procedural moving textures; "still": one calm picture.
     """
 
     families: tuple[str, ...] = tuple(FAMILIES)
@@ -113,6 +114,8 @@ def write_data_set(out: str, parameters: Parameters, workers: int = 0) -> str:
 
 
 def _background(parameters: Parameters) -> Background:
+    if parameters.backgrounds == STILL:
+        return Still()
     if parameters.backgrounds:
         return Clips(parameters.backgrounds, parameters.size)
     return Texture()
