@@ -22,6 +22,7 @@ from typing import cast
 from absl import app, flags, logging
 
 from storm_jax import answer_flags, cache_flag, checkpoint, option_flags
+from storm_jax.command_exit import USAGE, failed, parse
 from storm_jax.config import ConfigError
 from storm_jax.data import text
 from storm_jax.evaluation import compare_command, report, runner, tasks
@@ -35,7 +36,7 @@ from storm_jax.inference.media import Decoders
 from storm_jax.inference.tokenizer import load_tokenizer
 from storm_jax.inference.weights import Quantization
 
-DONE, BAD_INPUT, USAGE, TOO_LONG, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, BAD_INPUT, TOO_LONG, INTERRUPTED = 0, 1, 3, 130
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
@@ -205,20 +206,6 @@ def main(argv: list[str]) -> int:
         return failed(error, BAD_INPUT)
     except KeyboardInterrupt:
         return failed("interrupted; the same command goes on from here", INTERRUPTED)
-
-
-def failed(error: object, status: int) -> int:
-    """Says what is wrong; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr)
-    return status
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Flags, with this command's exit status for those that cannot be."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(failed(f"{error} (--help lists the flags)", USAGE))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from storm_jax import answer_flags, cache_flag, checkpoint, option_flags
+from storm_jax.command_exit import USAGE, failed, parse
 from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data import subtitles, text
 from storm_jax.data.conversation import Media
@@ -47,7 +48,7 @@ if TYPE_CHECKING:  # takes a second to import: mistakes in flags are told before
     from transformers import PreTrainedTokenizerFast
 
 CHAT_TOKENS = 2048  # that questions and answers of a conversation may take by default
-ANSWERED, BAD_INPUT, USAGE, TOO_LONG, INTERRUPTED, CLOSED = 0, 1, 2, 3, 130, 141
+ANSWERED, BAD_INPUT, TOO_LONG, INTERRUPTED, CLOSED = 0, 1, 3, 130, 141
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
@@ -298,20 +299,6 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return CLOSED
-
-
-def failed(error: object, status: int) -> int:
-    """Says what is wrong; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr)
-    return status
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Flags, with this command's exit status for those that cannot be."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(failed(f"{error} (--help lists the flags)", USAGE))
 
 
 if __name__ == "__main__":

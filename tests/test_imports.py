@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "chips": set(),
     "answer_flags": {"inference"},
     "option_flags": {"inference"},
+    "command_exit": set(),
     "cache_flag": {"training"},
     "flops": {"chips", "config", "models"},
     "workdir": {"config", "parallel"},
