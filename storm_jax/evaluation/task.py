@@ -23,6 +23,16 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class View:
+    """What is known of a video when its question is put into words; see `Task.prompt`."""
+
+    cues: Sequence[Cue] | None
+    times: Sequence[float]
+    duration: float | None
+    groups: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Task(ABC):
     """A benchmark, or one of its splits. `evaluation.tasks` holds the instances.
 
@@ -62,15 +72,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def ask(
-        self,
-        item: Item,
-        family: Family,
-        cues: Sequence[Cue] | None,
-        times: Sequence[float],
-        duration: float | None,
-        groups: Sequence[int],
-    ) -> Prompt:
+    def ask(self, item: Item, family: Family, view: View) -> Prompt:
         """As `prompt`, for a family that the task has."""
 
     def prompt(
@@ -101,7 +103,7 @@ class Task(ABC):
             )
         if cues is not None and not self.with_subtitles:
             raise TaskError(f"{self.name} has no subtitles; ask without them")
-        return self.ask(item, family, cues, times, duration, groups)
+        return self.ask(item, family, View(cues, times, duration, groups))
 
     def extract(self, text: str, item: Item, family: Family) -> int | str | None:
         """The answer in a model's output, by the one rule of the family; None: there is none."""

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from storm_jax.data.subtitles import Cue
 from storm_jax.evaluation import files, options, prompts
 from storm_jax.evaluation.items import Answered, Family, Item, Prompt, TaskError
-from storm_jax.evaluation.task import Expected, Task
+from storm_jax.evaluation.task import Expected, Task, View
 
 _NAMES = ("EgoSchema",)
 _FOLDERS = ("videos", "good_clips_git", "video", "")
@@ -63,15 +62,7 @@ class EgoSchema(Task):
             )
         return options.unique(str(data), items)
 
-    def ask(
-        self,
-        item: Item,
-        family: Family,
-        cues: Sequence[Cue] | None,
-        times: Sequence[float],
-        duration: float | None,
-        groups: Sequence[int],
-    ) -> Prompt:
+    def ask(self, item: Item, family: Family, view: View) -> Prompt:
         question = f"{item.question}\n{options.lines(item, 'A. x')}\n"
         if family == "lmms":
             return prompts.lmms(question + prompts.LETTER_DIRECTLY)

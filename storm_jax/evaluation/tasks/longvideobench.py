@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from storm_jax.data.subtitles import Cue
 from storm_jax.evaluation import files, options, prompts
 from storm_jax.evaluation.items import Answered, Family, Item, Prompt, TaskError
-from storm_jax.evaluation.task import Expected, Task
+from storm_jax.evaluation.task import Expected, Task, View
 
 _NAMES = ("LongVideoBench", "longvideobench")
 _FIELDS = ("video_id", "question", "id", "video_path", "subtitle_path", "duration_group")
@@ -96,16 +95,8 @@ class LongVideoBench(Task):
             },
         )
 
-    def ask(
-        self,
-        item: Item,
-        family: Family,
-        cues: Sequence[Cue] | None,
-        times: Sequence[float],
-        duration: float | None,
-        groups: Sequence[int],
-    ) -> Prompt:
-        if family == "vila" and cues is not None:
+    def ask(self, item: Item, family: Family, view: View) -> Prompt:
+        if family == "vila" and view.cues is not None:
             raise TaskError(
                 f"{self.name} has no vila prompt with subtitles: VILA evaluates without; use"
                 " official or lmms"
@@ -116,8 +107,10 @@ class LongVideoBench(Task):
         else:
             body = f"{item.question}\n{listed}\n{prompts.LETTER_DIRECTLY}\n"
         video, counts = prompts.VIDEO, ()
-        if cues is not None:
-            video, counts = prompts.interleaved(cues, times, groups, item.subtitle_offset, duration)
+        if view.cues is not None:
+            video, counts = prompts.interleaved(
+                view.cues, view.times, view.groups, item.subtitle_offset, view.duration
+            )
         stop = () if family == "official" else prompts.LMMS_STOP
         return Prompt(f"{video}\n{body}", stop=stop, max_new_tokens=32, groups=counts)
 

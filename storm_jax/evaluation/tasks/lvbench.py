@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from storm_jax.data.subtitles import Cue
 from storm_jax.evaluation import files, options, prompts
 from storm_jax.evaluation.items import Family, Item, Prompt
-from storm_jax.evaluation.task import Expected, Task
+from storm_jax.evaluation.task import Expected, Task, View
 
 _NAMES = ("LVBench",)
 _PATTERNS = (
@@ -51,15 +50,7 @@ class LVBench(Task):
                 items.append(_item(path, number, row, videos))
         return options.unique(str(data), items)
 
-    def ask(
-        self,
-        item: Item,
-        family: Family,
-        cues: Sequence[Cue] | None,
-        times: Sequence[float],
-        duration: float | None,
-        groups: Sequence[int],
-    ) -> Prompt:
+    def ask(self, item: Item, family: Family, view: View) -> Prompt:
         if family == "lmms":
             return prompts.lmms(f"{item.printed}\nAnswer the question with the option letter")
         return Prompt(f"{prompts.VIDEO}\n{item.printed}")

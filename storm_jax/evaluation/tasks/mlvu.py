@@ -20,11 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from storm_jax.data.subtitles import Cue
 from storm_jax.evaluation import files, options, prompts
 from storm_jax.evaluation.items import Answered, Family, Item, Prompt, TaskError
 from storm_jax.evaluation.scoring import values_of
-from storm_jax.evaluation.task import Expected, Task
+from storm_jax.evaluation.task import Expected, Task, View
 
 _SYSTEM = (
     "Carefully watch this video and pay attention to every detail. Based on your observations,"
@@ -144,15 +143,7 @@ class MLVU(Task):
             printed=printed,
         )
 
-    def ask(
-        self,
-        item: Item,
-        family: Family,
-        cues: Sequence[Cue] | None,
-        times: Sequence[float],
-        duration: float | None,
-        groups: Sequence[int],
-    ) -> Prompt:
+    def ask(self, item: Item, family: Family, view: View) -> Prompt:
         if family == "lmms":
             end = "" if self.test else "\nOnly give the best option.\nBest option: ("
             return prompts.lmms(item.printed + end)

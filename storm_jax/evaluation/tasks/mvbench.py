@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from storm_jax.data.subtitles import Cue
 from storm_jax.evaluation import files, options, prompts
 from storm_jax.evaluation.items import Family, Item, Prompt, TaskError
-from storm_jax.evaluation.task import Expected, Task
+from storm_jax.evaluation.task import Expected, Task, View
 
 _NAMES = ("MVBench", "mvbench_video")
 _ROOTS = ("video", "videos", "data0613", ".")
@@ -93,15 +92,7 @@ class MVBench(Task):
                 items.append(_item(path, number, row, task, first, videos))
         return options.unique(str(data), items)
 
-    def ask(
-        self,
-        item: Item,
-        family: Family,
-        cues: Sequence[Cue] | None,
-        times: Sequence[float],
-        duration: float | None,
-        groups: Sequence[int],
-    ) -> Prompt:
+    def ask(self, item: Item, family: Family, view: View) -> Prompt:
         listed = options.lines(item, "(A) x")
         if family != "official":
             return prompts.lmms(

@@ -18,16 +18,14 @@ Multiple choice is scored by accuracy, open-ended questions by exact match after
 (small letters, no punctuation, no articles), and by the F1 of their words.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from storm_jax.data.records import PLACEHOLDER, RecordError, parse_record
-from storm_jax.data.subtitles import Cue
 from storm_jax.evaluation import files, options, prompts
 from storm_jax.evaluation.items import Family, Item, Prompt, TaskError
-from storm_jax.evaluation.task import Expected, Task
+from storm_jax.evaluation.task import Expected, Task, View
 
 _WHAT = "your own questions"
 
@@ -57,19 +55,11 @@ class Own(Task):
             items.append((_of_record if known else _of_question)(path, number, row))
         return options.unique(str(path), items)
 
-    def ask(
-        self,
-        item: Item,
-        family: Family,
-        cues: Sequence[Cue] | None,
-        times: Sequence[float],
-        duration: float | None,
-        groups: Sequence[int],
-    ) -> Prompt:
+    def ask(self, item: Item, family: Family, view: View) -> Prompt:
         body = item.printed or item.question
         if item.options and not item.printed:
             body += f"\n{options.lines(item, 'A. x')}\n{prompts.LETTER_DIRECTLY}"
-        if cues and (shown := prompts.at_frames(cues, times)):
+        if view.cues and (shown := prompts.at_frames(view.cues, view.times)):
             body = "\n".join(["This video's subtitles are listed below:", *shown, body])
         return Prompt(f"{prompts.VIDEO}\n{body}", max_new_tokens=16 if item.options else 128)
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from storm_jax.data.subtitles import Cue
 from storm_jax.evaluation import files, options, prompts
 from storm_jax.evaluation.items import Answered, Family, Item, Prompt, TaskError
 from storm_jax.evaluation.scoring import values_of
-from storm_jax.evaluation.task import Expected, Task
+from storm_jax.evaluation.task import Expected, Task, View
 
 Kind = Literal["multi-choice", "yes_no", "caption_matching", "captioning"]
 
@@ -110,15 +109,7 @@ class TempCompass(Task):
             printed=printed,
         )
 
-    def ask(
-        self,
-        item: Item,
-        family: Family,
-        cues: Sequence[Cue] | None,
-        times: Sequence[float],
-        duration: float | None,
-        groups: Sequence[int],
-    ) -> Prompt:
+    def ask(self, item: Item, family: Family, view: View) -> Prompt:
         text = item.printed + _ENDS[self.kind]
         tokens = 128 if self.kind == "captioning" else 16
         if family == "lmms":

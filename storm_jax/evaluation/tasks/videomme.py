@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from storm_jax.data.subtitles import Cue
 from storm_jax.evaluation import files, options, prompts
 from storm_jax.evaluation.items import Family, Item, Prompt
-from storm_jax.evaluation.task import Expected, Task
+from storm_jax.evaluation.task import Expected, Task, View
 
 _NAMES = ("Video-MME", "videomme", "Video_MME")
 _PATTERNS = (
@@ -58,28 +57,21 @@ class VideoMME(Task):
                 items.append(_item(path, number, row, videos, subtitles))
         return options.unique(str(data), items)
 
-    def ask(
-        self,
-        item: Item,
-        family: Family,
-        cues: Sequence[Cue] | None,
-        times: Sequence[float],
-        duration: float | None,
-        groups: Sequence[int],
-    ) -> Prompt:
+    def ask(self, item: Item, family: Family, view: View) -> Prompt:
         question = f"{item.question}\n{options.lines(item, 'A. x')}"
         if family == "lmms":
             body = _INSTRUCTION.format(" and the subtitles") + f"\n{question}\n"
-            if cues is None:
+            if view.cues is None:
                 return prompts.lmms(f"{body}\n{prompts.LETTER_DIRECTLY}")
+            duration = view.duration
             if duration is None:
-                duration = max(times, default=0.0)
-            shown = prompts.at_frames(cues, np.linspace(0, duration, _LMMS_FRAMES).tolist())
-            texts = "\n".join(shown) if cues else "No subtitles available"
+                duration = max(view.times, default=0.0)
+            shown = prompts.at_frames(view.cues, np.linspace(0, duration, _LMMS_FRAMES).tolist())
+            texts = "\n".join(shown) if view.cues else "No subtitles available"
             head = "This video's subtitles are listed below: \n"
             return prompts.lmms(f"{head}{texts}\n{body}The best answer is:")
         head = ""
-        if cues and (shown := prompts.at_frames(cues, times)):
+        if view.cues and (shown := prompts.at_frames(view.cues, view.times)):
             head = "This video's subtitles are listed below:\n" + "\n".join(shown) + "\n"
         body = f"{head}{_INSTRUCTION.format('')}\n{question}\nThe best answer is:"
         return Prompt(f"{prompts.VIDEO}\n{body}")
