@@ -195,11 +195,15 @@ class Engine:
                 used += int((piece == VISUAL).sum())
         self._start(slot, state.length + n)
 
-    def step(self) -> list[Progress]:
+    def step(self, hurry: bool | None = None) -> list[Progress]:
         """Adds tokens to the answers that are being made; an entry for each that grew or ended.
 
         Answers whose first token was chosen since the last call give that one alone, at once. Else
-        all grow by up to `STEPS` tokens; if no slot is free, by fewer as soon as one ends.
+        all grow by up to `STEPS` tokens.
+
+        Args:
+          hurry: by fewer as soon as one ends, since somebody waits for its slot; None: if no slot
+            is free.
         """
         active = {slot: state for slot, state in self._slots.items() if state.running}
         if not active:
@@ -213,9 +217,11 @@ class Engine:
                 tokens = [] if about[1][slot] else [int(token[slot])]
                 progress.append(self._progress(slot, state, tokens, *about))
             return progress
+        if hurry is None:
+            hurry = not self._free
         with jax.set_mesh(self.loaded.mesh):
             self._cache, self._rows, news = self._run(
-                self.loaded.weights, self._cache, self._rows, np.bool_(not self._free)
+                self.loaded.weights, self._cache, self._rows, np.bool_(hurry)
             )
         out, position, *about = jax.device_get(news)
         progress = []

@@ -235,7 +235,9 @@ class Scheduler:
         generation.reused = found.tokens
 
     def _step(self) -> None:
-        for progress in self._engine.step() if self._running else ():
+        if not self._running:
+            return
+        for progress in self._engine.step(hurry=bool(self._waiting)):
             generation = self._running[progress.slot]
             text, finish = generation.text, progress.finish
             assert text is not None
