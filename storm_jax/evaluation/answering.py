@@ -71,9 +71,10 @@ class Answering:
         config: RunConfig,
         options: Options,
     ):
-        """Args:
-        engines: of the same checkpoint, each on devices of its own.
-        config: with the options applied.
+        """
+        Args:
+          engines: of the same checkpoint, each on devices of its own.
+          config: with the options applied.
         """
         self._engines, self._tokenizer, self._decoders = engines, tokenizer, decoders
         self._config, self._options = config, options
