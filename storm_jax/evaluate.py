@@ -42,7 +42,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training workdir, or one checkpoint.", required=True
 )
 _TASKS = flags.DEFINE_string(
-    "tasks", None, f"Of {', '.join(tasks.all_tasks())}; several by commas."
+    "tasks", None, f"Of {', '.join(tasks.all_tasks())}; several by commas.", required=True
 )
 _DATA = flags.DEFINE_string(
     "data", None, "Folder of the benchmarks, or of the only one.", required=True
@@ -117,7 +117,7 @@ def run() -> None:
     if _RETRY.value and _PROCESSES.value > 1:
         raise UsageError("--retry_failed changes what all processes read; run it with one")
     place = runner.Place(Path(_DATA.value), Path(_OUT.value), _PROCESS.value, _PROCESSES.value)
-    wanted = tasks.named(str(_TASKS.value))
+    wanted = tasks.named(_TASKS.value)
     asking = asked()
     try:
         groups = runner.device_groups(_PER_ENGINE.value)

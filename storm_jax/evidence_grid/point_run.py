@@ -50,10 +50,11 @@ class PointRun:
     """A grid point with its data and model."""
 
     def __init__(self, recipe: Recipe, data: str, work: str, say: Say):
-        """Args:
-        data: folder that `clips.prepare` filled.
-        work: folder for what points share: locks, and parameters behind shared stages.
-        say: is told the progress.
+        """
+        Args:
+          data: folder that `clips.prepare` filled.
+          work: folder for what points share: locks, and parameters behind shared stages.
+          say: is told the progress.
         """
         self.recipe = recipe
         self._work = work
