@@ -117,10 +117,11 @@ def _place(point: Point) -> tuple:
 
 def _table4() -> tuple[Point, ...]:
     """8 frames unpooled, 32 and 128 with temporal pooling, as in the paper's tables 4 and 10."""
-    base: tuple[Mixer, ...] = ("none", "mamba")
-    return (
-        *(Point(mixer, 1, 1, 8) for mixer in base),
-        *(Point(mixer, 4, 1, frames) for mixer in (*base, *CONTROLS) for frames in (32, 128)),
+    mixers: tuple[Mixer, ...] = ("none", "mamba", *CONTROLS)
+    return tuple(
+        Point(mixer, 1 if frames == 8 else 4, 1, frames)
+        for mixer in mixers
+        for frames in (8, 32, 128)
     )
 
 

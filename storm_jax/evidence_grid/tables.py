@@ -74,7 +74,7 @@ def table4(results: dict[str, Result]) -> Table:
     rows: list[tuple[str, ...]] = []
     mixers: tuple[Mixer, ...] = ("none", "mamba", "mlp", "attention", "convolution")
     for frames in (8, 32, 128):
-        for mixer in mixers if frames > 8 else mixers[:2]:
+        for mixer in mixers:
             column = {"none": 0, "mamba": 1}.get(mixer)
             theirs = "" if column is None else f"{paper.TABLE4[frames][column]:.1f}"
             point = Point(mixer, 1 if frames == 8 else 4, 1, frames)
