@@ -1,1 +1,1 @@
-"""Kernels of storm_jax: the selective scan and what surrounds it. Needs jax alone."""
+"""Kernels of storm_jax: the selective scan and what surrounds it, attention. Needs jax alone."""

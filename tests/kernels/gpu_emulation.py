@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from storm_kernels import triton_launch
 from storm_kernels.selective_scan import triton_gpu
 
 _TYPES = {
@@ -110,7 +111,7 @@ def emulated_gpu(monkeypatch):
     pytest.importorskip("triton")
     if jax.default_backend() != "cpu":
         pytest.skip("a GPU runs the same tests itself")
-    monkeypatch.setattr(triton_gpu, "_triton_call", lambda: triton_call)
+    monkeypatch.setattr(triton_launch, "_triton_call", lambda: triton_call)
     monkeypatch.setattr(triton_gpu, "unsupported", lambda call: None)
 
 
@@ -132,6 +133,6 @@ def recorded_launches():
         return jax.pure_callback(never, tuple(launch.results.values()), *operands)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_gpu, "_triton_call", lambda: call)
+        patch.setattr(triton_launch, "_triton_call", lambda: call)
         patch.setattr(triton_gpu, "unsupported", lambda call: None)
         yield launches

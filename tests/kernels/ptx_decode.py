@@ -10,6 +10,7 @@ import numpy as np
 
 from tests.kernels import ptx_arithmetic as arithmetic
 from tests.kernels import ptx_exchange as exchange
+from tests.kernels import ptx_matrix as matrix
 from tests.kernels.ptx_arithmetic import DTYPES, FLOATS, INTEGER, PACKED, UNSIGNED
 from tests.kernels.ptx_memory import LOCAL_WINDOW, SHARED_WINDOW
 from tests.kernels.ptx_operands import access, address, read, space_of, spread, write
@@ -441,4 +442,5 @@ _DECODERS = {
     "activemask": exchange.active_mask, "elect": exchange.elect, "redux": exchange.redux,
     "match": exchange.match, "atom": exchange.atomic, "red": exchange.atomic,
     "cp": exchange.copy_async, "ldmatrix": exchange.load_matrix, "stmatrix": exchange.store_matrix,
+    "wgmma": matrix.warpgroup,
 }  # fmt: skip

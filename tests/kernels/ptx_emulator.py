@@ -10,7 +10,7 @@ races between warps in shared memory and between CTAs in global memory, shuffles
 absent lanes, barriers that some thread never reaches. Memory and registers start as NaN patterns.
 Numerics: see ptx_arithmetic.
 
-Not covered: TMA, mbarriers, tensor cores, clusters, calls, textures.
+Not covered: TMA, mbarriers, tensor cores but for wgmma, clusters, calls, textures.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tests.kernels import ptx_decode
+from tests.kernels.ptx_matrix import GROUP, Products
 from tests.kernels.ptx_memory import (
     POISON,
     GlobalMemory,
@@ -172,6 +173,7 @@ class Machine:
         self._place_variables(shared_bytes, races)
         self.copies: list[tuple[np.ndarray, list]] = []  # cp.async groups: threads, stores
         self.open_copies: list = []
+        self.products = Products(self.shared, self.threads // GROUP)
         self.carry = np.zeros(self.threads, np.bool_)
         self.exited = np.zeros(self.threads, np.bool_)
         self.blocked: dict[int, list[tuple[int, np.ndarray, int | None]]] = {}

@@ -200,6 +200,7 @@ class SharedMemory:
             self.readers = np.zeros(ctas * self.stride // unit, np.uint32)
             self.writers = np.zeros_like(self.readers)
             self.touched: list[np.ndarray] = []
+            self.held: dict[object, tuple[np.ndarray, np.uint32]] = {}
             # The bytes as they will be when every copy under way has arrived; None: there is none.
             self.future: np.ndarray | None = None
 
@@ -222,6 +223,23 @@ class SharedMemory:
             self._read(at, warp, width * count, used)
         rows = self.bytes.reshape(-1, width * count).view(UNSIGNED[width])
         return rows[at // (width * count)]
+
+    def hold(self, address, cta, warps):
+        """Counts bytes as read by these warps (bits), past barriers too, until `free` of the key.
+
+        `address` is of halves.
+        """
+        key = object()
+        if self.check:
+            units = np.unique(self._units(self.locate(address, cta, 2), 2))
+            self.held[key] = units, warps
+            self.readers[units] |= warps
+            self.touched.append(units)
+        return key
+
+    def free(self, key):
+        """Ends a `hold`."""
+        self.held.pop(key, None)
 
     def reserve(self, address, cta, warp, values):
         """Counts an asynchronous store as a write from its issue on; the bytes come later."""
@@ -304,10 +322,13 @@ class SharedMemory:
                 self.readers[units] = 0
                 self.writers[units] = 0
             self.touched.clear()
-            return
-        keep = np.uint32(0 if warps is None else ~warps & 0xFFFFFFFF)
-        for table in (self.readers, self.writers):
-            table.reshape(len(ctas), -1)[ctas] &= keep
+        else:
+            keep = np.uint32(0 if warps is None else ~warps & 0xFFFFFFFF)
+            for table in (self.readers, self.writers):
+                table.reshape(len(ctas), -1)[ctas] &= keep
+        for units, bits in self.held.values():
+            self.readers[units] |= bits
+            self.touched.append(units)
 
 
 class LocalMemory:

@@ -175,7 +175,7 @@ def smallest_shared_access(kernel):
     smallest = 4
     for instruction in kernel.instructions:
         opcode = instruction.opcode
-        if opcode in ("ldmatrix", "stmatrix"):
+        if opcode in ("ldmatrix", "stmatrix", "wgmma"):
             smallest = min(smallest, 2)
         elif opcode in ("ld", "st") and space_of(instruction) in ("shared", ""):
             smallest = min(smallest, BITS[instruction.type] // 8)

@@ -541,8 +541,8 @@ def test_profile():
 
 
 def test_what_it_does_not_know():
-    with pytest.raises(NotImplementedError, match=r"wgmma.fence.sync.aligned"):
-        threads("wgmma.fence.sync.aligned;", [])
+    with pytest.raises(NotImplementedError, match=r"tcgen05.wait::ld.sync.aligned"):
+        threads("tcgen05.wait::ld.sync.aligned;", [])
     with pytest.raises(NotImplementedError, match="set.lt.u32.f16x2"):
         threads("set.lt.u32.f16x2 %r1, %r2, %r3;", [])
     with pytest.raises(NotImplementedError, match="dp4a.u32.u32 %r1, %r2, %r3, %r4") as caught:

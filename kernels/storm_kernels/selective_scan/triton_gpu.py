@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from storm_kernels.selective_scan.call import ScanCall, promote_varying, varying_axes
+from storm_kernels.selective_scan.call import ScanCall, promote_varying
 from storm_kernels.selective_scan.once import not_differentiable
 from storm_kernels.selective_scan.platforms import platform_of
 from storm_kernels.selective_scan.segments import segment_marks
@@ -31,6 +31,7 @@ from storm_kernels.selective_scan.shapes import (
     forward_sweep,
     gpu_segments,
 )
+from storm_kernels.triton_launch import launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -502,73 +503,3 @@ def _backward_states(static, arrays, saved, edges, dy, first: int, states: int) 
         initial_state=None,  # pyrefly: ignore[bad-argument-type]
         marks=None,
     )
-
-
-@functools.cache
-def _triton_call() -> Callable:
-    """`jax_triton.triton_call`, with Triton's own passes for Gluon kernels.
-
-    jax-triton 0.4.1 sends every kernel through the passes for Triton's IR, which replace the
-    layouts that a Gluon kernel states: here 128 conversions through shared memory in the innermost
-    loop and twice the time (measured).
-    """
-    import jax_triton  # pyrefly: ignore[missing-import]
-    from jax_triton import triton_lib  # pyrefly: ignore[missing-import]
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    class GluonBackend(CUDABackend):
-        def make_ttir(self, mod, *_):  # pyrefly: ignore[bad-override]
-            return mod
-
-        def make_ttgir(self, mod, metadata, options, capability):  # pyrefly: ignore[bad-override]
-            return self.gluon_to_ttgir(mod, metadata, options, capability)
-
-    compile_any = triton_lib.compile_ttir_inplace
-
-    def compile_with_its_passes(module, backend, options, target):
-        # Only Gluon's modules know their number of warps before any pass has run.
-        if isinstance(backend, CUDABackend) and module.get_int_attr("ttg.num-warps") is not None:
-            backend = GluonBackend(backend.target)
-        return compile_any(module, backend, options, target)
-
-    triton_lib.compile_ttir_inplace = compile_with_its_passes
-    return jax_triton.triton_call
-
-
-def launch(
-    kernel, grid, warps: int, registers: int | None, operands, results, constants: dict,
-    zeroed: tuple[int, ...] = (),
-):  # fmt: skip
-    """Calls a Gluon kernel through jax-triton.
-
-    Args:
-        kernel: its parameters are the operands, the results, then the constants.
-        grid: programs along each axis.
-        warps: of a program.
-        registers: the most that a thread may use; None leaves it to the compiler.
-        operands: arrays.
-        results: shapes and dtypes of what the kernel writes.
-        constants: compile-time parameters by name.
-        zeroed: numbers of the results that are zero before the kernel runs.
-
-    Returns:
-        The results, varying over the manual mesh axes of the operands.
-    """
-    options: dict = {"enable_fp_fusion": True}
-    if registers is not None:
-        options["maxnreg"] = registers
-    out = _triton_call()(
-        *operands,
-        kernel=kernel,
-        out_type=results,
-        grid=grid,
-        num_warps=warps,
-        name=kernel.__name__,
-        backend_options=options,
-        zeroed_outputs=zeroed,
-        **constants,
-    )
-    axes = frozenset().union(*(varying_axes(x) for x in operands))
-    if not axes:
-        return out
-    return tuple(lax.pcast(x, tuple(sorted(axes)), to="varying") for x in out)
