@@ -98,6 +98,8 @@ def test_latency_ratios_are_those_of_the_file(core):
         (["--set=point.frames=3"], "--set=point.frames=3: write videos.F="),
         (["--set=sizes.width=wide"], "sizes.width='wide' must be of type int"),
         (["--report"], "has no results"),
+        (["--out=gs://bucket/x"], "--out=gs://bucket/x is not on a disk: results are appended to"),
+        (["--data=s3://bucket/x"], "--data=s3://bucket/x is not on a disk: frames are"),
         (["--report", "--latency=no/such.json"], "has no results"),
     ],
 )

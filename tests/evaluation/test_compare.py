@@ -365,6 +365,8 @@ def test_folders_that_hold_no_result(tmp_path, questions, capsys):
     assert "own is not finished" in error(a, begun)
     assert "is the folder of one task: give" in error(a, a / "own")
     assert "nowhere is no folder" in error(a, tmp_path / "nowhere")
+    assert "OUT=gs://bucket/out is not on a disk: " in error(a, "gs://bucket/out")
+    assert "--out=gs://bucket/out is not on a disk: " in error(a, other, "--out=gs://bucket/out")
     assert "given twice" in error(a, a)
     assert "at least two" in error(a)
     assert "format 9, not 1: evaluate again" in error(a, other)
