@@ -130,8 +130,10 @@ def test_the_command_trains_as_the_grid(recipe, data, tmp_path):
         params = state.params
         np.testing.assert_allclose(metrics["loss"][:, SEED], losses, rtol=2e-5)
         for name, many, one in _leaves(params, theirs):
-            # Adam divides by the root of tiny second moments.
-            np.testing.assert_allclose(many[SEED], one, rtol=1e-3, atol=2e-4, err_msg=name)
+            # A bias of all keys is nothing to a softmax: its gradient is rounding alone, which Adam
+            # makes steps of. The others have moved by 2e-3 and more.
+            if not name.endswith("key/bias"):
+                np.testing.assert_allclose(many[SEED], one, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
 def _leaves(many, one, path=""):
