@@ -16,12 +16,11 @@ that cannot be; 3 too long for the context or the memory; 130 interrupted.
 import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import cast
 
 from absl import app, flags, logging
 
-from storm_jax import answer_flags, cache_flag, checkpoint, option_flags
+from storm_jax import answer_flags, cache_flag, checkpoint, disk, option_flags
 from storm_jax.command_exit import USAGE, failed, parse
 from storm_jax.config import ConfigError
 from storm_jax.data import text
@@ -116,7 +115,13 @@ def run() -> None:
         )
     if _RETRY.value and _PROCESSES.value > 1:
         raise UsageError("--retry_failed changes what all processes read; run it with one")
-    place = runner.Place(Path(_DATA.value), Path(_OUT.value), _PROCESS.value, _PROCESSES.value)
+    try:
+        remedy = "benchmarks are read from files; copy them to a disk, or give where it is mounted"
+        data = disk.on_disk("--data", _DATA.value, remedy)
+        out = disk.results("--out", _OUT.value)
+    except disk.NotOnDiskError as error:
+        raise UsageError(str(error)) from error
+    place = runner.Place(data, out, _PROCESS.value, _PROCESSES.value)
     wanted = tasks.named(_TASKS.value)
     asking = asked()
     try:

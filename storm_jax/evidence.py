@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from storm_jax import disk
 from storm_jax.evidence_grid import clips
 from storm_jax.evidence_grid.grids import GRIDS
 from storm_jax.evidence_grid.recipe import EvidenceError
@@ -33,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = _arguments(argv)
     try:
+        disk.results("--out", args.out)
+        disk.on_disk("--data", args.data, "frames are memory-mapped; give a folder on a disk")
         return _report(args) if args.report else _run(args)
-    except EvidenceError as error:
+    except (EvidenceError, disk.NotOnDiskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
 

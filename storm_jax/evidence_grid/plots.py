@@ -160,10 +160,18 @@ def _table5(results: dict[str, Result], here: Axes, theirs: Axes) -> None:
 
 
 def _table13(latency: Latency, axes: Axes) -> None:
+    devices = sorted(set(latency.device.values()))
     for compression, colour in ((1, "C0"), (4, "C1"), (8, "C2")):
-        ours = sorted((f, ms[0]) for (f, c), ms in latency.ms.items() if c == compression)
+        for number, device in enumerate(devices):
+            ours = sorted(
+                (f, ms[0])
+                for (f, c), ms in latency.ms.items()
+                if c == compression and latency.device[f, c] == device
+            )
+            label = f"{compression} times fewer" + f", {device}" * (len(devices) > 1)
+            if ours:
+                axes.plot(*zip(*ours, strict=True), f"{colour}{'os^D'[number % 4]}-", label=label)
         theirs = sorted((f, ms[0]) for (f, c), ms in paper.TABLE13.items() if c == compression)
-        axes.plot(*zip(*ours, strict=True), f"{colour}o-", label=f"{compression} times fewer")
         axes.plot(*zip(*theirs, strict=True), f"{colour}x:", label=f"{compression}, the paper")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -1,5 +1,6 @@
 """The report: tables as markdown and CSV, plots, and the page docs/evidence.md completed."""
 
+import collections
 import dataclasses
 import json
 import re
@@ -73,13 +74,15 @@ def _described(results: dict[str, Result]) -> str:
     """What was run, on what, and for how long."""
     runs = [result.run for result in results.values()]
     recipe = runs[0]["recipe"]
-    devices = sorted({run["device"] for run in runs})
+    devices = collections.Counter(run["device"] for run in runs)
+    on = ", ".join(f"{count} on {device}" for device, count in sorted(devices.items()))
+    on = on if len(devices) > 1 else f"on {next(iter(devices))}"
     versions = sorted({json.dumps(run["versions"]) for run in runs})
     seconds = sum(run["seconds"] for run in runs)
     long = {run["recipe"]["point"]["frames"]: run["recipe"]["long"] for run in runs}
     lines = [
-        f"- {len(runs)} models of {recipe['seeds']} seeds each, on {', '.join(devices)};"
-        f" {seconds / 60:.0f} minutes of processes that shared it; {'; '.join(versions)}",
+        f"- {len(runs)} models of {recipe['seeds']} seeds each, {on};"
+        f" {seconds / 60:.0f} minutes of processes that shared a device; {'; '.join(versions)}",
         f"- videos: `{json.dumps(recipe['videos'])}`",
         f"- model: `{json.dumps(recipe['sizes'])}`",
         f"- first stage, short clips, no reduction: `{json.dumps(recipe['short'])}`",

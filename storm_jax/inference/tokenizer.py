@@ -1,5 +1,8 @@
 """The tokenizer that belongs to a checkpoint."""
 
+import tempfile
+from pathlib import Path
+
 from storm_jax import checkpoint
 from storm_jax.config import RunConfig
 from storm_jax.data import text
@@ -17,4 +20,11 @@ def load_tokenizer(path: str, config: RunConfig):
       TokenizerError: the tokenizer cannot be had.
     """
     saved = checkpoint.find(path)[0].parent / "tokenizer"
-    return text.load_tokenizer(str(saved) if saved.is_dir() else config.data.tokenizer)
+    if not saved.is_dir():
+        return text.load_tokenizer(config.data.tokenizer)
+    if "://" not in str(saved):
+        return text.load_tokenizer(str(saved))
+    with tempfile.TemporaryDirectory() as folder:  # transformers reads files on a disk
+        for file in saved.iterdir():
+            file.copy(Path(folder) / file.name)
+        return text.load_tokenizer(folder)

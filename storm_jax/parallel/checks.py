@@ -1,5 +1,6 @@
 """Whether a run's model and data can be split over its mesh, told before anything is compiled."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from storm_jax.parallel.heads import padded_heads
 
 # Work on padding, as a share of the work itself, that is accepted without a word.
 MAX_PADDING = 0.5
+_MISMATCH = 0.02  # of parameters, that another number of heads may cost
 
 
 def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -82,12 +84,48 @@ def _check_temporal(
             divides(field, inner, tensor, "tensor", "the Mamba channels")
         case "attention":
             heads, _ = config.attention_heads(width)
+            if config.heads == 0:
+                require(heads % tensor == 0, _automatic_heads(config, width, tensor))
             divides("model.temporal.heads", heads, tensor, "tensor", "temporal attention")
         case "mlp" | "convolution":
             field = f"the hidden width of model.temporal.mixer={config.mixer!r}"
             divides(field, config.hidden(width), tensor, "tensor", "its MLP")
     if config.mixer in ("attention", "convolution"):
         require(seq == 1, split_frames(config, seq))
+
+
+def _automatic_heads(config: TemporalConfig, width: int, tensor: int) -> str:
+    """That `tensor` does not divide the heads that nobody gave, and which number to give.
+
+    The number itself does not follow the mesh: a checkpoint has the same shapes on every one.
+    """
+    heads, _ = config.attention_heads(width)
+    most = math.gcd(heads, tensor)
+    number = _nearest_heads(config, width, tensor)
+    given = "" if number is None else f"model.temporal.heads={number}, as many parameters, or "
+    return (
+        f"model.temporal.heads=0 makes {heads} heads at model.decoder.width={width}, not a multiple"
+        f" of mesh.tensor={tensor}: temporal attention would be whole on every device; set {given}"
+        f"mesh.tensor to {most} or another divisor of {heads}"
+    )
+
+
+def _nearest_heads(config: TemporalConfig, width: int, devices: int) -> int | None:
+    """What `temporal.heads` may be set to so that `devices` divides it and parameters are matched.
+
+    Preferred as in `TemporalConfig.attention_heads`: 32 to 128 channels, a multiple of 8, then a
+    match within 0.5 %, then about 64 channels. None: all are off by more than 2 %.
+    """
+    exact = config.mamba_parameters(width) / (4 * width)
+    choices = []
+    for heads in range(devices, int(exact) + 1, devices):
+        _, channels = dataclasses.replace(config, heads=heads).attention_heads(width)
+        mismatch = abs(heads * channels / exact - 1)
+        if mismatch <= _MISMATCH:
+            usual = channels % 8 == 0 and 32 <= channels <= 128
+            rank = not usual, max(mismatch, 0.005), abs(channels - 64)
+            choices.append((rank, heads))
+    return min(choices)[1] if choices else None
 
 
 def split_frames(config: TemporalConfig, devices: int) -> str:

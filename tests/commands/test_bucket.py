@@ -1,9 +1,11 @@
-"""A workdir in a bucket, served by an emulator on this machine.
+"""A workdir in a bucket, trained in and answered from, served by an emulator on this machine.
 
 Needs `pip install gcsfs gcp-storage-emulator`, which the test extra leaves out.
 """
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,20 +43,10 @@ def bucket():
     emulator.stop()
 
 
-def train(videos: Path, workdir: str, variables: dict[str, str], steps: int) -> tuple[int, str]:
-    settings = {
-        "data.train[0].path": videos / "train.jsonl",
-        "data.tokenizer": videos / "tokenizer",
-        "train.steps": steps,
-        "train.eval_samples": 0,
-        "train.checkpoint.every": 3,
-    }
+def ran(name: str, arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
+    """Exit status and standard error of a command."""
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "storm_jax.train", "--config=configs/debug.py"),
-            f"--workdir={workdir}",
-            *(f"--config.{name}={value}" for name, value in settings.items()),
-        ],
+        [sys.executable, "-m", f"storm_jax.{name}", *arguments],
         cwd=ROOT,
         env={
             **os.environ,
@@ -68,6 +60,18 @@ def train(videos: Path, workdir: str, variables: dict[str, str], steps: int) -> 
         timeout=400,
     )
     return done.returncode, done.stderr
+
+
+def train(videos: Path, workdir: str, variables: dict[str, str], steps: int) -> tuple[int, str]:
+    settings = {
+        "data.train[0].path": videos / "train.jsonl",
+        "data.tokenizer": videos / "tokenizer",
+        "train.steps": steps,
+        "train.eval_samples": 0,
+        "train.checkpoint.every": 3,
+    }
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    return ran("train", ["--config=configs/debug.py", f"--workdir={workdir}", *flags], variables)
 
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(bucket, videos):
@@ -84,6 +88,28 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(bucket, videos):
     assert files.exists("bucket/run/checkpoints/6/commit_success.txt")
     for name in ("config.json", "metrics.jsonl", "tokenizer/tokenizer.json", "tensorboard"):
         assert files.exists(f"bucket/run/{name}"), name
+
+
+def test_a_checkpoint_in_a_bucket_answers_as_its_copy(bucket, videos, tmp_path):
+    """Its own tokenizer too: the config names another place, which is gone by then."""
+    files, variables = bucket
+    data = tmp_path / "data"
+    shutil.copytree(videos, data)
+    status, err = train(data, "gs://bucket/asked", variables, steps=3)
+    assert status == 0, err[-3000:]
+    shutil.rmtree(data / "tokenizer")
+    files.invalidate_cache()
+    files.get("bucket/asked", str(tmp_path / "copy"), recursive=True)
+    answers = []
+    for checkpoint in ("gs://bucket/asked", str(tmp_path / "copy")):
+        out = tmp_path / f"out{len(answers)}"
+        flags = [f"--checkpoint={checkpoint}", f"--data={data / 'test.jsonl'}", f"--out={out}"]
+        status, err = ran("evaluate", [*flags, "--tasks=own", "--limit=4"], variables)
+        assert status == 0, err[-3000:]
+        recipe = json.loads((out / "own" / "recipe.json").read_text())
+        assert recipe["checkpoint"].pop("path") == checkpoint
+        answers.append((recipe["checkpoint"], (out / "own" / "samples.jsonl").read_bytes()))
+    assert answers[0] == answers[1] and answers[0][1].count(b"\n") == 4
 
 
 def test_a_bucket_that_is_not_there(bucket, videos):

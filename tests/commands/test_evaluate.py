@@ -231,6 +231,10 @@ def test_refusals(whole, checkpoint, data, tmp_path):
         (2, ["devices_per_engine=2 does not divide the 1 devices"],
          flags(checkpoint, data, new, "--devices_per_engine=2")),
         (2, ["--temperature=-1.0: it must be"], flags(checkpoint, data, new, "--temperature=-1")),
+        (2, ["--out=gs://bucket/out is not on a disk: results are appended to", "copy it up"],
+         flags(checkpoint, data, "gs://bucket/out")),
+        (2, ["--data=gs://bucket/data is not on a disk: ", "copy them to a disk, or give where"],
+         flags(checkpoint, "gs://bucket/data", new)),
         (2, ["Flag --out must have a value"], flags(checkpoint, data, new)[:-1]),
         (2, ["arguments not understood: x"], [*flags(checkpoint, data, new), "x"]),
     ]  # fmt: skip

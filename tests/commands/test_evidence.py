@@ -1,5 +1,6 @@
 """`python -m storm_jax.evidence`: bad input, the report, and the smoke grid as CI runs it."""
 
+import csv
 import json
 import os
 import subprocess
@@ -88,6 +89,46 @@ def test_latency_ratios_are_those_of_the_file(core):
     assert f",2.85,{ms[128, 1] / ms[128, 8]:.2f}," in row  # the paper: 4270 / 1500
 
 
+def test_milliseconds_name_their_device(core, tmp_path):
+    """With one device the title does; with several every row, and no ratio is of two of them."""
+    report = ["--report", "--noplots"]
+    assert evidence.main([*report, f"--out={core}"]) == evidence.DONE
+    table = (core / "report" / "table4.md").read_text(encoding="utf-8")
+    assert "; milliseconds on none**" in table and "device" not in table
+    recipes = {recipe.point.name: recipe for recipe in CORE.recipes("table4")}
+    for name, recipe in recipes.items():
+        device = "H100" if name.startswith("mamba") else "H200"
+        Folder(str(tmp_path)).write(name, {**made_up(recipe, 0.8), "device": device})
+    with open(TABLE13, encoding="utf-8") as file:
+        latency = json.load(file)
+    for run in latency["runs"]:
+        if run["frames"] == 128 and run["temporal_pool"] == 1:
+            run["device"] = "1 x H200"
+    mixed = tmp_path / "mixed.json"
+    mixed.write_text(json.dumps(latency))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin run -->\n<!-- end run -->\n", encoding="utf-8")
+    plots = ["--report", f"--out={tmp_path}", f"--latency={mixed}", f"--docs={page}"]
+    assert evidence.main(plots) == evidence.DONE
+    assert "12 models of 5 seeds each, 3 on H100, 9 on H200;" in page.read_text(encoding="utf-8")
+    folder = tmp_path / "report"
+    for table in ("table3", "table4", "table5", "table7"):
+        title = (folder / f"{table}.md").read_text(encoding="utf-8").splitlines()[0]
+        assert "compare milliseconds only between rows of the same device" in title
+        with open(folder / f"{table}.csv", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            ours = "H100" if row.get("temporal encoder", "Mamba").startswith("Mamba") else "H200"
+            assert row["device"] == ("" if row["tokens"] == "not run" else ours), row
+    with open(folder / "table13.csv", encoding="utf-8") as file:
+        rows = {(row["frames"], row["compression"]): row for row in csv.DictReader(file)}
+    assert rows["128", "1"]["device"] == "1 x H200" != rows["128", "4"]["device"]
+    assert rows["128", "4"]["times faster"] == "" and rows["256", "4"]["times faster"]
+    claims = (folder / "claims.csv").read_text(encoding="utf-8").splitlines()
+    (row,) = [r for r in claims if "128 frames, 4 times fewer tokens" in r]
+    assert "**not run**,the two were measured on different devices" in row
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -98,6 +139,8 @@ def test_latency_ratios_are_those_of_the_file(core):
         (["--set=point.frames=3"], "--set=point.frames=3: write videos.F="),
         (["--set=sizes.width=wide"], "sizes.width='wide' must be of type int"),
         (["--report"], "has no results"),
+        (["--out=gs://bucket/x"], "--out=gs://bucket/x is not on a disk: results are appended to"),
+        (["--data=s3://bucket/x"], "--data=s3://bucket/x is not on a disk: frames are"),
         (["--report", "--latency=no/such.json"], "has no results"),
     ],
 )
@@ -119,6 +162,18 @@ def test_reports_refuse_what_they_cannot_use(core, tmp_path, capsys):
     bad.write_text("{}", encoding="utf-8")
     assert evidence.main([*report, f"--latency={bad}"]) == evidence.USAGE
     assert "KeyError: 'runs'" in capsys.readouterr().err
+    with open(TABLE13, encoding="utf-8") as file:
+        runs = json.load(file)["runs"]
+    for change, message in (
+        ({"size": "tiny", "frames": 1}, "has runs of size='qwen2_7b' and of 'tiny', whose"),
+        ({"device": "1 x H200"}, "has two runs of 4 frames and 1 times fewer tokens: remove one"),
+    ):
+        bad.write_text(json.dumps({"runs": [*runs, {**runs[0], **change}]}), encoding="utf-8")
+        assert evidence.main([*report, f"--latency={bad}"]) == evidence.USAGE
+        assert message in capsys.readouterr().err
+    bad.write_text('{"runs": [{}]}', encoding="utf-8")
+    assert evidence.main([*report, f"--latency={bad}"]) == evidence.USAGE
+    assert "cannot be used (KeyError: " in capsys.readouterr().err
     page = tmp_path / "page.md"
     page.write_text("<!-- begin table99 -->\n<!-- end table99 -->\n", encoding="utf-8")
     assert evidence.main([*report, f"--docs={page}"]) == evidence.USAGE

@@ -34,6 +34,17 @@ class Still(Background):
         return np.repeat(Texture().draw(rng, 1, size, held_out), groups, axis=0)
 
 
+class Edge(Background):
+    """Dark at one side, bright at the other: as far apart as natural clips are shown."""
+
+    description = {}
+
+    def draw(self, rng, groups, size, held_out):
+        bright = np.add.outer(rng.normal(size=size), np.arange(size)) > rng.uniform(8, size - 8)
+        picture = np.where(bright, 204.0, 51.0).astype(np.float32)
+        return np.tile(picture[None, :, :, None], (groups, 1, 1, 3))
+
+
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
     """A folder of two videos: slowly changing colours, as a source of natural backgrounds."""
@@ -180,6 +191,16 @@ def test_the_pixels_show_the_answer(name, tmp_path, films):
                 assert (
                     oracle.answer(name, question.text, question.options, frames) == clip.answer
                 ), question.text
+
+
+@pytest.mark.parametrize("name", ["shape", "digit"])
+def test_an_edge_behind_an_object_is_no_part_of_it(name, tmp_path):
+    family, layout = FAMILIES[name], Layout()
+    for i in range(40):
+        clip = make_clip(family, i, 5, "test", layout, Edge())
+        frames, question = decoded(clip.frames, tmp_path), clip.question
+        found = oracle.answer(name, question.text, question.options, frames)
+        assert found == clip.answer, (i, question.text)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

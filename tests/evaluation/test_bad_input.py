@@ -258,6 +258,11 @@ def test_missing_videos_have_the_path_where_they_should_be(tmp_path):
         ({"start": "1"}, "item a has start='1'; it must be seconds"),
         ({"categories": ["x"]}, r"item a has categories=\['x'\]; expected an object"),
         ({"id": "b"}, "two items have the id 'b'"),
+        (
+            {"categories": {"scene": [["x"]]}},
+            r"item a has the category scene=\[\['x'\]\]; write a text or a number, or a list",
+        ),
+        ({"categories": {"scene": {"x": 1}}}, r"item a has the category scene=\{'x': 1\}; write"),
         ({"conversations": []}, "own.jsonl: record 0 .id a.: "),
     ],
 )

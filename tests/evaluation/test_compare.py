@@ -299,7 +299,10 @@ def questions(tmp_path):
             "question": f"What comes {i}th?",
             "options": ["a cup", "a pen"],
             "answer": 1,
-            "categories": {"scene": "kitchen" if i < 4 else "street"},
+            "categories": {
+                "scene": "kitchen" if i < 4 else "street",
+                "skill": ["count", "order"] if i < 2 else "count",
+            },
         }
         for i in range(10)
     ]
@@ -324,6 +327,8 @@ def test_results_of_the_evaluation_are_read(tmp_path, questions, capsys):
         (("all", ""), 0.4, 0.7),
         (("scene", "kitchen"), 0.25, 1),
         (("scene", "street"), 0.5, 0.5),
+        (("skill", "count"), 0.4, 0.7),
+        (("skill", "order"), 0, 1),
     ):
         assert float(rows[(*where, "few")]["accuracy"]) == pytest.approx(few)
         assert float(rows[(*where, "many")]["accuracy"]) == pytest.approx(many)
@@ -360,6 +365,8 @@ def test_folders_that_hold_no_result(tmp_path, questions, capsys):
     assert "own is not finished" in error(a, begun)
     assert "is the folder of one task: give" in error(a, a / "own")
     assert "nowhere is no folder" in error(a, tmp_path / "nowhere")
+    assert "OUT=gs://bucket/out is not on a disk: " in error(a, "gs://bucket/out")
+    assert "--out=gs://bucket/out is not on a disk: " in error(a, other, "--out=gs://bucket/out")
     assert "given twice" in error(a, a)
     assert "at least two" in error(a)
     assert "format 9, not 1: evaluate again" in error(a, other)

@@ -266,6 +266,41 @@ def test_own_questions(tmp_path):
     assert exact.metric == "exact match after normalisation"
 
 
+def test_own_questions_with_several_categories(tmp_path):
+    """A list is several values of one category, and no value of its own."""
+    rows = [
+        {"video": "a.mp4", "question": "?", "options": ["x", "y"], "answer": 0, "categories": c}
+        for c in (
+            {"skill": ["count", "order", "count"], "scene": "kitchen"},
+            {"skill": ["order"], "scene": None, "level": 3},
+            {"skill": [], "level": [3, "3", 4.5]},
+        )
+    ]
+    write.dump_lines(tmp_path / "own.jsonl", rows)
+    task = TASKS["own"]
+    items = task.load(tmp_path)
+    assert [item.categories for item in items] == [
+        {"skill": ("count", "order"), "scene": "kitchen"},
+        {"skill": ("order",), "level": "3"},
+        {"level": ("3", "4.5")},
+    ]
+    score = task.score([Answered(i, "", p) for i, p in zip(items, (0, 1, 1), strict=True)])
+    found = {
+        name: {value: (e.value, e.items) for value, e in values.items()}
+        for name, values in score.groups.items()
+    }
+    assert found == {
+        "skill": {"count": (1.0, 1), "order": (0.5, 2)},
+        "scene": {"kitchen": (1.0, 1)},
+        "level": {"3": (0.0, 2), "4.5": (0.0, 1)},
+    }
+    assert score.main is not None and score.main.items == 3
+    record = {"id": "r", "media": [{"type": "video", "path": "a.mp4"}], "task": "speed"}
+    turns = [{"from": "human", "value": "<video>\n?"}, {"from": "gpt", "value": "x"}]
+    write.dump_lines(tmp_path / "own.jsonl", [{**record, "conversations": turns, "group": [4, 8]}])
+    assert task.load(tmp_path)[0].categories == {"task": "speed", "group": ("4", "8")}
+
+
 def test_own_data_set_of_this_project(tmp_path):
     """What `data.synthetic` writes, and the same with options and a group as in data.controlled."""
     from storm_jax.data.synthetic import write_split

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 
 import jax
@@ -331,6 +332,36 @@ def test_meshes_are_refused_before_anything_is_compiled():
     check("attention", heads=2, tensor=2)
     with pytest.raises(ConfigError, match=r"model.temporal.heads=3 is not a multiple of mesh.tens"):
         check("attention", heads=3, tensor=2)
+
+
+@pytest.mark.parametrize(
+    "width,tensor,remedy",
+    [
+        # 92 heads of 64: 184 of 32 are as many parameters, and channels stay a multiple of 8.
+        (3584, 8, r"makes 92 heads at model.decoder.width=3584, .*tensor=8: .*temporal.heads=184,"),
+        (5376, 2, r"makes 137 heads .* set model.temporal.heads=138, .* mesh.tensor to 1 or"),
+        # 53 x 2 channels instead of 159: too few to be called as many.
+        (64, 64, r"makes 2 heads .* on every device; set mesh.tensor to 2 or another divisor of 2"),
+    ],
+)
+def test_heads_that_nobody_gave_and_a_mesh_that_does_not_divide_them(width, tensor, remedy):
+    def check(heads=0):
+        sizes = {"decoder.width": width, "decoder.heads": tensor, "decoder.kv_heads": 1}
+        sizes |= {"temporal.mixer": "attention", "temporal.heads": heads}
+        config = run_config(**{f"model.{name}": value for name, value in sizes.items()})
+        mesh = jax.sharding.AbstractMesh((1, 1, tensor, 1), ("data", "fsdp", "tensor", "seq"))
+        check_divisible(config, mesh)
+        return config.model.temporal
+
+    with pytest.raises(ConfigError, match=remedy) as refused:
+        check()
+    said = re.search(r"set model.temporal.heads=(\d+)", str(refused.value))
+    if said:  # what is said helps
+        temporal = check(int(said[1]))
+        heads, channels = temporal.attention_heads(width)
+        exact = temporal.mamba_parameters(width) / (4 * width)
+        assert heads == int(said[1]) and channels % 8 == 0
+        assert abs(heads * channels / exact - 1) <= 0.005
 
 
 @EVERY

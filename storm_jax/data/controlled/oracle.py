@@ -22,6 +22,9 @@ from storm_jax.data.video import decode
 
 _SATURATED = 70  # difference of the largest and smallest channel
 _VISIBLE = 20  # pixels that make an object
+# Weight of brightness beside colour in telling an object from what is behind it. With 1 an edge
+# between dark and bright behind a shape looked like a part of it: 3 of 1320 were answered wrongly.
+_BRIGHTNESS = 0.25
 _NAMES = list(COLOURS)
 
 
@@ -92,6 +95,7 @@ def _cut_out(colours_FHW: np.ndarray, frames: np.ndarray) -> np.ndarray:
         where = np.flatnonzero(inside.any(axis))
         box.append(slice(max(where[0] // 2 * 2 - 4, 0), where[-1] // 2 * 2 + 6))
     rgb = frames[t][tuple(box)].astype(np.float32)
+    rgb -= (1 - _BRIGHTNESS) * rgb.mean(-1, keepdims=True)
     inside = inside[tuple(box)]
     behind = np.median(rgb[colours_FHW[t][tuple(box)] < 0], axis=0)
     towards = np.median(rgb[inside], axis=0) - behind

@@ -4,11 +4,12 @@ One object a line, in a file, or in the only .jsonl of a folder, or in its own.j
 
     {"id": "1", "video": "clips/a.mp4", "question": "What falls?", "options": ["a cup", "a pen"],
      "answer": "a cup", "start": 2.0, "end": 9.5, "subtitles": "a.srt",
-     "categories": {"scene": "kitchen"}}
+     "categories": {"scene": "kitchen", "skill": ["count", "order"]}}
 
 `options` are left out for an open-ended question. `answer` is an index (0 for the first), or a
 text, one of the options where there are some; without one an item is asked and not scored. All but
-`video` and `question` may be left out. Paths are relative to the file.
+`video` and `question` may be left out. Paths are relative to the file. A category has a value or a
+list of them: the item then counts in the accuracy of each, and in none of an empty list or null.
 
 The data sets that this project trains on (`media` and `conversations`, docs/data.md) are read too:
 the first question and its answer, with `options` where the record has them, and the fields `task`
@@ -72,6 +73,7 @@ def _of_question(path: Path, number: int, row: dict[str, Any]) -> Item:
     categories = row.get("categories") or {}
     if not isinstance(categories, dict):
         raise TaskError(f"{where} has categories={categories!r}; expected an object of names")
+    categories = {name: _category(where, name, value) for name, value in categories.items()}
     subtitles = row.get("subtitles")
     if subtitles and not (path.parent / subtitles).is_file():
         raise TaskError(f"{where} has subtitles={subtitles!r}: there is no such file")
@@ -84,7 +86,7 @@ def _of_question(path: Path, number: int, row: dict[str, Any]) -> Item:
         start=_seconds(where, row, "start"),
         end=_seconds(where, row, "end"),
         subtitles=str(path.parent / subtitles) if subtitles else None,
-        categories={str(key): str(value) for key, value in categories.items()},
+        categories={name: values for name, values in categories.items() if values},
     )
 
 
@@ -114,7 +116,11 @@ def _of_record(path: Path, number: int, row: dict[str, Any]) -> Item:
         answer=right,
         start=medium.start,
         end=medium.end,
-        categories={n: str(row[n]) for n in ("task", "group") if row.get(n) is not None},
+        categories={
+            name: values
+            for name in ("task", "group")
+            if (values := _category(where, name, row.get(name)))
+        },
         printed=text,
     )
 
@@ -130,6 +136,21 @@ def _answer(where: str, row: dict[str, Any]) -> tuple[tuple[str, ...], int | str
         return texts, None
     kind = "text" if isinstance(answer, str) else "index"
     return texts, options.answer_index(where, answer, texts, kind)
+
+
+def _category(where: str, name: str, value: Any) -> str | tuple[str, ...]:
+    """The value or values of a category that an item belongs to; () for none."""
+    several = isinstance(value, list)
+    values = value if several else [] if value is None else [value]
+    for one in values:
+        if not isinstance(one, (str, int, float)):
+            raise TaskError(
+                f"{where} has the category {name}={value!r}; write a text or a number, or a list of"
+                " them where the item belongs to several"
+            )
+    # Each once: an item must not count twice in an accuracy.
+    texts = tuple(dict.fromkeys(str(one) for one in values))
+    return texts if several or not texts else texts[0]
 
 
 def _seconds(where: str, row: dict[str, Any], name: str) -> float | None:
