@@ -105,7 +105,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{where} has another optimizer state than this run: train.optimizer.rates freezes"
                 " other parts, or the optimizer changed. To start a new stage from its parameters,"
-                " use another --workdir and --config.init_from.all"
+                " use another --workdir and --config.init_from"
             ) from error
 
     def close(self) -> None:
@@ -283,7 +283,7 @@ def load_params(path: str | os.PathLike, abstract: Params) -> Params:
         if missing:
             raise CheckpointError(
                 f"{where} has no part {', '.join(missing)}, only {', '.join(sorted(saved))}; in"
-                " place of --config.init_from.all name these, as --config.init_from."
+                " place of --config.init_from name these, as --config.init_from."
                 f"{min(saved)}={path}"
             )
         saved = {part: saved[part] for part in abstract}

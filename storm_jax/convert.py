@@ -28,6 +28,7 @@ from ml_collections import config_flags
 from storm_jax import checkpoint
 from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, MeshConfig, RunConfig, from_mapping, to_json
+from storm_jax.config_arguments import spelled_out
 from storm_jax.data import text
 from storm_jax.interop import architecture, check, gemma_orbax, load, names, settings, torch_export
 from storm_jax.interop.files import Weights, WeightsError, part_of, resolve
@@ -356,4 +357,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    sys.argv[:] = spelled_out(sys.argv)
     app.run(main)

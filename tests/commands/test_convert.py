@@ -59,16 +59,17 @@ def test_a_run_starts_from_what_was_imported(videos, tmp_path):
     def starts(err):
         return sorted(line.split()[0] for line in err.splitlines() if " starts from " in line)
 
-    for part in ("all", "temporal", "projector"):
-        code, _, err = train(f"no {part}", f"--config.init_from.{part}={imported}")
+    for part in ("", "temporal", "projector"):
+        field = ".".join(filter(None, ("--config.init_from", part)))
+        code, _, err = train(f"no {part}", f"{field}={imported}")
         assert code != 0
-        lacking = "projector" if part == "all" else part
+        lacking = part or "projector"
         assert f"has no part {lacking}, only decoder, vit; in place of" in err
     both = (f"--config.init_from.vit={imported}", f"--config.init_from.decoder={imported}")
     code, _, err = train("first", *both)
     assert code == 0, err
     assert starts(err) == ["decoder", "vit"]
-    code, _, err = train("next", f"--config.init_from.all={tmp_path / 'first'}", both[0])
+    code, _, err = train("next", "--config.init_from", str(tmp_path / "first"), both[0])
     assert code == 0, err
     assert starts(err) == ["decoder", "projector", "temporal", "vit"]
     assert f"vit starts from {imported}" in err
