@@ -100,6 +100,7 @@ def import_weights(
                 del value  # else it stays while the next one is read
             _say(f"{part}: {count:,} parameters from {folder}")
 
+    _say("this machine's CPU reads and writes; the mesh of --config is for the training")
     written = checkpoint.save_parameters(out, parameters(), config)
     if decoder:
         _copy_tokenizer(parts["decoder"][0], Path(out))
