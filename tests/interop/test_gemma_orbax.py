@@ -6,6 +6,7 @@ and its own einsum equations say that they are right.
 
 import dataclasses
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +260,31 @@ def test_bfloat16_stays(tmp_path):
     for path, value in expected.items():
         assert params[path].dtype == jnp.bfloat16
         np.testing.assert_array_equal(params[path].astype(np.float32), value)
+
+
+def test_one_parameter_at_a_time(tmp_path):
+    """Also where a tensor of theirs holds two of ours, gate and up."""
+    large = COMMON | dict(hidden_size=256, intermediate_size=1024)
+    model = hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**large, num_hidden_layers=8, num_key_value_heads=2)
+    )
+    folder = written(nested(model, True), tmp_path / "google")
+    config = architecture.decoder_config(model.config)
+    shapes = shapes_of(StormModel(run(config).model).abstract()["decoder"])
+    source = GemmaCheckpoint(folder)
+    read, sizes = source.read(source.config(config), shapes), {}
+    tracemalloc.start()
+    try:
+        for path, value in read:
+            sizes[path] = value.nbytes
+            del value
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    largest, gate = max(sizes.values()), 2 * 256 * 1024 * 4
+    assert largest == sizes["blocks/layers/gate/weight"] == 4 * gate
+    # (And what Orbax makes around a tensor.)
+    assert largest < peak < largest + 3 * gate < sum(sizes.values()) / 1.5
 
 
 def test_archives_and_training_folders(tmp_path):
