@@ -27,11 +27,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]
 
 import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
 from transformers import Gemma2Config, SiglipVisionConfig  # noqa: E402
 
 from configs import align, common  # noqa: E402
 from storm_jax.config import ModelConfig, RunConfig, from_mapping  # noqa: E402
+from storm_jax.interop.files import WeightsWriter  # noqa: E402
 from storm_jax.interop.load import shapes_of  # noqa: E402
 from storm_jax.interop.names import Name, decoder_names, vit_names  # noqa: E402
 from storm_jax.models.storm import StormModel  # noqa: E402
@@ -89,30 +89,17 @@ def write_part(
     folder.mkdir()
     config.save_pretrained(folder)
     noise = np.random.default_rng(0).integers(0, 2**16, 2**24, np.uint16) & 0x3FFF
-    shard, size, index, largest, files = {}, 0, {}, 0, 0
-
-    def flush():
-        nonlocal shard, size, largest, files
-        files += 1
-        file = f"model-{files:05d}.safetensors"
-        save_file(shard, folder / file)
-        index.update(dict.fromkeys(shard, file))
-        largest = max(largest, (folder / file).stat().st_size)
-        shard, size = {}, 0
-
+    tensors = {}
     for entry in table:
         shape = shapes[entry.ours]
         for layer in range(shape[0] if entry.stacked else 1):
             hf_shape = entry.hf_shape(shape[1:] if entry.stacked else shape)
-            tensor = np.resize(noise, hf_shape).view(ml_dtypes.bfloat16)
-            shard[entry.hf.format(layer=layer)] = tensor
-            size += tensor.nbytes
-            if size >= shard_bytes:
-                flush()
-    if shard:
-        flush()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return largest
+            tensors[entry.hf.format(layer=layer)] = hf_shape, np.dtype(ml_dtypes.bfloat16)
+    writer = WeightsWriter(folder, tensors, shard_bytes)
+    for name, (shape, dtype) in tensors.items():
+        writer.write(name, np.resize(noise, shape).view(dtype))
+    writer.finish()
+    return max(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def gemma2(model: ModelConfig) -> Gemma2Config:
@@ -165,10 +152,11 @@ def peak_resident(pid: int) -> int:
 
 def measured(code: str) -> tuple[dict, str]:
     """Runs code that waits at its phases; memory and seconds after "ready", and what it printed."""
+    paths = [*sys.path[:2], *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=HERE.parent, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     assert process.stdin and process.stdout and process.stderr
     lines: list[tuple[float, str]] = []
