@@ -81,10 +81,11 @@ def measured(folder: str, size: str, *command: str, code: str = "") -> tuple[flo
         arguments = [sys.executable, "-c", code]
     else:
         arguments = [sys.executable, "-m", "storm_jax.convert", *command]
+    paths = [*sys.path[:2], *filter(None, [os.environ.get("PYTHONPATH")])]
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen(
         arguments, cwd=HERE.parent, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path[:2])},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     while process.poll() is None:
         peak = max(peak, peak_resident(process.pid))

@@ -199,6 +199,7 @@ def run(name: str, size: str) -> ConfigDict:
     # Parameters sharded over all chips by default; raise seq where a row outgrows a chip, tensor
     # where a layer does.
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, seq=1, slices=1))
-    # Checkpoints of an earlier stage: all parts, or one by one. "" starts at random.
+    # Checkpoints of an earlier stage: all parts, or one by one. "" starts at random. On the command
+    # line --config.init_from=CKPT sets all.
     c.init_from = ConfigDict(dict(all="", vit="", projector="", temporal="", decoder=""))
     return c

@@ -1,7 +1,7 @@
 """Stage 3 with videos of an hour: 2,048 frames a row, split over 16 devices.
 
     python -m storm_jax.train --config=configs/hour.py:cluster=v5p_512 --workdir=DIR \
-        --config.init_from.all=LONG_DIR
+        --config.init_from=LONG_DIR
 
 Not in the paper, which stops at 128 frames in training. 524,288 tokens in the Mamba layers and
 131,072 visual tokens in the decoder.

@@ -1,6 +1,6 @@
 """Stage 3, long videos: 128 frames, averaged by fours after the temporal encoder, all parts train.
 
-    python -m storm_jax.train --config=configs/long.py --workdir=DIR --config.init_from.all=SFT_DIR
+    python -m storm_jax.train --config=configs/long.py --workdir=DIR --config.init_from=SFT_DIR
     python -m storm_jax.train --config=configs/long.py:size=tiny --workdir=DIR
 
 The first needs a pod. The second trains the same path on a laptop's CPU, on videos that

@@ -1,6 +1,6 @@
 """Stage 2, supervised fine-tuning on text, images and videos of up to 32 frames; all parts train.
 
-python -m storm_jax.train --config=configs/sft.py --workdir=DIR --config.init_from.all=ALIGN_DIR
+python -m storm_jax.train --config=configs/sft.py --workdir=DIR --config.init_from=ALIGN_DIR
 python -m storm_jax.train --config=configs/sft.py:size=tiny --workdir=DIR
 """
 

@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,12 +22,16 @@ from typing import Any, cast
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from storm_jax.config import CheckpointConfig, RunConfig, from_mapping
 from storm_jax.models.storm import Params
 from storm_jax.training.state import TrainState
 from storm_jax.workdir import location
+
+_TOGETHER = 2**28  # bytes that `save_parameters` writes in one go: each takes a third of a second
+_CHUNK = 2**27  # bytes of a piece of a parameter: what a device reads to have a shard is not more
 
 LAYOUT = 1  # raised when the tree of parameters changes; older ones are then upgraded on reading
 
@@ -99,7 +105,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{where} has another optimizer state than this run: train.optimizer.rates freezes"
                 " other parts, or the optimizer changed. To start a new stage from its parameters,"
-                " use another --workdir and --config.init_from.all"
+                " use another --workdir and --config.init_from"
             ) from error
 
     def close(self) -> None:
@@ -150,23 +156,68 @@ def save_params(workdir: str | os.PathLike, params: Params, run: RunConfig) -> P
     Raises:
       CheckpointError: there are checkpoints already.
     """
+    return save_parameters(workdir, nnx.traversals.flatten_mapping(params, sep="/").items(), run)
+
+
+def save_parameters(
+    workdir: str | os.PathLike,
+    parameters: Iterable[tuple[str, np.ndarray | jax.Array]],
+    run: RunConfig,
+) -> Path:
+    """As `save_params`, from parameters that come one by one; each is written and let go.
+
+    Memory holds one parameter, and small ones until they are `_TOGETHER` bytes. They are not
+    compressed: weights become some percent smaller, and it took as much memory again and five times
+    as long.
+
+    Args:
+      parameters: path ("vit/patch/weight") and value. An array of NumPy is not copied if it lies at
+        a multiple of 64 bytes; it must not change afterwards.
+
+    Raises:
+      CheckpointError: there are checkpoints already. Nothing stays of one that breaks off.
+    """
     folder = Path(workdir).absolute() / "checkpoints"
     if folder.exists():
         raise CheckpointError(f"{folder} exists; give a new folder")
-    about = {
+    about: dict[str, Any] = {
         "layout": LAYOUT, "step": 0, "config": dataclasses.asdict(run), "data_fingerprint": "",
     }  # fmt: skip
-    # Without a limit Orbax copies all parameters before it writes the first.
-    limit = max(x.nbytes for x in jax.tree.leaves(params)) + 1
-    memory = ocp.options.MemoryOptions(
-        write_concurrent_bytes=limit, transfer_concurrent_bytes=limit
+    where = str(folder / "0")
+    waiting: dict[str, jax.Array] = {}
+
+    def write() -> None:
+        # Orbax's own type of trees does not admit a dict of arrays.
+        tree: Any = {"params": nnx.traversals.unflatten_mapping(waiting, sep="/")}
+        ocp.partial.save(where, tree, custom_metadata=about)
+        waiting.clear()
+
+    saving = ocp.options.ArrayOptions.Saving(
+        storage_options=ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK),
+        use_compression=False,
     )
-    with (
-        ocp.Context(memory_options=memory),
-        ocp.training.Checkpointer(str(folder)) as orbax,
-    ):
-        orbax.save_checkpointables(0, {"state": {"params": params}}, custom_metadata=about)
+    try:
+        with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+            for path, value in parameters:
+                waiting[path] = _on_host(value) if isinstance(value, np.ndarray) else value
+                del value  # else it stays while the next one is made
+                if sum(x.nbytes for x in waiting.values()) >= _TOGETHER:
+                    write()
+            if waiting:
+                write()
+            ocp.partial.finalize(where)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder / "0"
+
+
+def _on_host(value: np.ndarray) -> jax.Array:
+    """As an array of JAX on a CPU, if it has one here; of one of NumPy Orbax notes another type."""
+    try:
+        return jax.device_put(value, jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return jax.device_put(value)
 
 
 def describe(path: str | os.PathLike) -> tuple[RunConfig, dict[str, tuple[tuple[int, ...], str]]]:
@@ -232,11 +283,12 @@ def load_params(path: str | os.PathLike, abstract: Params) -> Params:
         if missing:
             raise CheckpointError(
                 f"{where} has no part {', '.join(missing)}, only {', '.join(sorted(saved))}; in"
-                " place of --config.init_from.all name these, as --config.init_from."
+                " place of --config.init_from name these, as --config.init_from."
                 f"{min(saved)}={path}"
             )
-        check_same({part: saved[part] for part in abstract}, abstract, where)
-    with _partial_loading():
+        saved = {part: saved[part] for part in abstract}
+        check_same(saved, abstract, where)
+    with _partial_loading(_room_to_read(saved, abstract)):
         tree = {"params": abstract}
         where = str(folder / str(step))
         return ocp.load_checkpointables(where, {"state": tree})["state"]["params"]
@@ -268,9 +320,27 @@ def parameters(path: str | os.PathLike, names: Iterable[str]) -> Iterator[np.nda
             del found  # else it stays while the next one is read
 
 
-def _partial_loading() -> ocp.Context:
+def _partial_loading(room: int | None = None) -> ocp.Context:
     loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    return ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading))
+    return ocp.Context(
+        pytree_options=ocp.options.PyTreeOptions(loading=loading),
+        memory_options=ocp.options.MemoryOptions(read_concurrent_bytes=room),
+    )
+
+
+def _room_to_read(saved: Any, wanted: Params) -> int:
+    """Bytes that may be on their way to the devices at a time: those of the largest parameter.
+
+    Without a limit, Orbax reads all of them at once. A limit must be above what one read takes:
+    whole chunks, in the wanted dtype.
+    """
+
+    def size(stored: Any, x: Any) -> int:
+        chunk = stored.storage_metadata.chunk_shape
+        numbers = math.prod(-(-n // c) * c for n, c in zip(x.shape, chunk, strict=True))
+        return numbers * max(np.dtype(stored.dtype).itemsize, np.dtype(x.dtype).itemsize)
+
+    return max(jax.tree.leaves(jax.tree.map(size, saved, wanted))) + 1
 
 
 def check_same(saved: Any, wanted: Any, where: str) -> None:

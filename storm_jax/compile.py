@@ -21,6 +21,7 @@ from storm_jax.aot.sweep import outcome_json, outcome_line, sweep, what_would_he
 from storm_jax.aot.text import lines
 from storm_jax.aot.topology import Topology, describe
 from storm_jax.config import ConfigError, RunConfig, from_mapping
+from storm_jax.config_arguments import spelled_out
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string(
@@ -90,4 +91,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
+    sys.argv[:] = spelled_out(sys.argv)
     app.run(main)

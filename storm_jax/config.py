@@ -403,7 +403,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Checkpoints of earlier stages that parameters start from; "" starts that part at random."""
+    """Checkpoints of earlier stages that parameters start from; "" starts that part at random.
+
+    `--config.init_from=CKPT` is `--config.init_from.all=CKPT`; a part's own goes before it.
+    """
 
     all: str = ""
     vit: str = ""

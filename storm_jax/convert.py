@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -27,12 +28,13 @@ from ml_collections import config_flags
 from storm_jax import checkpoint
 from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, MeshConfig, RunConfig, from_mapping, to_json
+from storm_jax.config_arguments import spelled_out
 from storm_jax.data import text
 from storm_jax.interop import architecture, check, gemma_orbax, load, names, settings, torch_export
 from storm_jax.interop.files import Weights, WeightsError, part_of, resolve
 from storm_jax.interop.processor_export import write_processor
 from storm_jax.interop.tokenizer_files import save_tokenizer
-from storm_jax.models.storm import Params, StormModel, count_parameters
+from storm_jax.models.storm import Params, StormModel
 from storm_jax.models.vit import resize_positions
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.state import abstract_params
@@ -49,6 +51,8 @@ _DTYPE = flags.DEFINE_enum(
 _SHARD = flags.DEFINE_string("max-shard-size", "5GB", "Of an exported file: 5GB, 500MB.")
 _HF = flags.DEFINE_string("hf", None, "The export to be compared with --checkpoint.")
 _LIMIT = flags.DEFINE_float("limit", 1e-4, "Largest error, as a share of a stage's values.", 0.0)
+
+Parameters = Iterator[tuple[str, np.ndarray]]  # of a part, one by one, each with its path
 
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
@@ -77,21 +81,34 @@ def import_weights(
     if not (vit or decoder):
         raise WeightsError("nothing to import: give --vit, --decoder or both")
     _refuse_checkpoints(out)
-    abstract = abstract_params(StormModel(config.model), make_mesh(config.mesh))
-    params: Params = {}
+    abstract = StormModel(config.model).abstract()
+    parts = {}
+    # What does not fit is found before anything is written.
     if vit:
         folder = part_of(resolve(vit), "vision_tower")
-        params["vit"] = _import_vit(config, folder, abstract["vit"])
+        parts["vit"] = folder, _read_vit(config, folder, abstract["vit"])
     if decoder:
         folder = part_of(resolve(decoder), "llm")
-        params["decoder"] = _import_decoder(config, folder, abstract["decoder"])
-        _copy_tokenizer(folder, Path(out))
-    written = checkpoint.save_params(out, params, config)
-    _say(f"wrote {written}: {', '.join(params)}")
+        parts["decoder"] = folder, _read_decoder(config, folder, abstract["decoder"])
+
+    def parameters():
+        for part, (folder, read) in parts.items():
+            count = 0
+            for path, value in read:
+                count += value.size
+                yield f"{part}/{path}", value
+                del value  # else it stays while the next one is read
+            _say(f"{part}: {count:,} parameters from {folder}")
+
+    _say("this machine's CPU reads and writes; the mesh of --config is for the training")
+    written = checkpoint.save_parameters(out, parameters(), config)
+    if decoder:
+        _copy_tokenizer(parts["decoder"][0], Path(out))
+    _say(f"wrote {written}: {', '.join(parts)}")
     return written
 
 
-def _import_vit(config: RunConfig, folder: Path, abstract: Params) -> Params:
+def _read_vit(config: RunConfig, folder: Path, abstract: Params) -> Parameters:
     hf = architecture.read(folder)
     wanted = config.model.vit
     architecture.vit_config(hf, wanted)
@@ -108,25 +125,20 @@ def _import_vit(config: RunConfig, folder: Path, abstract: Params) -> Params:
     weights = Weights(folder)
     table, spell = names.vit_names(wanted), load.vit_spelling(weights)
     load.check_names(weights, table, spell, wanted.layers)
-    params = load.load_part(weights, table, spell, abstract, resized)
-    _say(f"vit: {count_parameters(params):,} parameters from {folder}")
-    return params
+    return load.read_part(weights, table, spell, load.shapes_of(abstract), resized)
 
 
-def _import_decoder(config: RunConfig, folder: Path, abstract: Params) -> Params:
-    wanted = config.model.decoder
+def _read_decoder(config: RunConfig, folder: Path, abstract: Params) -> Parameters:
+    wanted, shapes = config.model.decoder, load.shapes_of(abstract)
     if (orbax := gemma_orbax.find(folder)) is not None:
         source = gemma_orbax.GemmaCheckpoint(orbax)
-        params = source.load(source.config(wanted), abstract)
-        _say(f"decoder: {count_parameters(params):,} parameters from {orbax} ({source.layout})")
-        return params
+        _say(f"decoder: Google's Gemma in {orbax} ({source.layout})")
+        return source.read(source.config(wanted), shapes)
     architecture.decoder_config(architecture.read(folder), wanted)
     weights = Weights(folder)
     table, spell = names.decoder_names(wanted), load.decoder_spelling(weights)
     load.check_names(weights, table, spell, wanted.layers)
-    params = load.load_part(weights, table, spell, abstract)
-    _say(f"decoder: {count_parameters(params):,} parameters from {folder}")
-    return params
+    return load.read_part(weights, table, spell, shapes)
 
 
 def import_export(folder: Path, out: str, config: RunConfig | None = None) -> Path:
@@ -144,11 +156,9 @@ def import_export(folder: Path, out: str, config: RunConfig | None = None) -> Pa
     """
     _refuse_checkpoints(out)
     run = torch_export.read_run(folder, config)
-    abstract = abstract_params(StormModel(run.model), make_mesh(run.mesh))
-    params = torch_export.read_params(folder, run.model, abstract)
+    written = checkpoint.save_parameters(out, torch_export.read_params(folder, run.model), run)
     _copy_tokenizer(folder, Path(out))
-    written = checkpoint.save_params(out, params, run)
-    _say(f"wrote {written}: {count_parameters(params):,} parameters")
+    _say(f"wrote {written}")
     return written
 
 
@@ -302,6 +312,9 @@ def main(argv: list[str]) -> None:
     command, *rest = argv[1:] or [""]
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
+    if command != "check":
+        # Nothing else computes: no accelerator is needed, nor held for others.
+        jax.config.update("jax_platforms", "cpu")
     try:
         if command == "import" and not rest:
             config = None
@@ -345,4 +358,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    sys.argv[:] = spelled_out(sys.argv)
     app.run(main)

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from storm_jax import checkpoint
 from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, RunConfig, from_mapping, to_json
+from storm_jax.config_arguments import spelled_out
 from storm_jax.data import pipeline
 from storm_jax.data.records import RecordError
 from storm_jax.data.sources import DataError, open_sources
@@ -307,4 +308,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
     flags.mark_flag_as_required("config")
+    sys.argv[:] = spelled_out(sys.argv)
     app.run(main)

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "answer_flags": {"inference"},
     "option_flags": {"inference"},
     "command_exit": set(),
+    "config_arguments": set(),
     "cache_flag": {"training"},
     "disk": set(),
     "flops": {"chips", "config", "models"},

@@ -89,18 +89,17 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """
     if name == "bytes":
         return _bytes_tokenizer()
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
     from transformers import PreTrainedTokenizerFast
 
     folder = os.path.isdir(name)
     try:
-        if not folder:
-            # The one file that is needed, first: without a network `from_pretrained` would try
-            # one file after the other, for minutes.
-            hf_hub_download(name, "tokenizer.json")
+        # All files of a hub id first: without a network, `from_pretrained` tries the hub for one
+        # file after the other, minutes in all, even where they are in the cache.
+        files = name if folder else snapshot_download(name, allow_patterns=list(_FILES))
         # Not AutoTokenizer: it may rebuild the tokenizer from Python code of the model's class,
         # while this one is tokenizer.json as it was published.
-        return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=folder)
+        return PreTrainedTokenizerFast.from_pretrained(files, local_files_only=True)
     except Exception as error:  # the hub client raises many types, some of them undocumented
         if folder:
             reason = "the folder holds no readable tokenizer.json"
@@ -111,6 +110,16 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
             f' tokenizer_config.json), or "bytes". ({type(error).__name__}: {error})'
         ) from error
 
+
+# Of a repository: what belongs to a tokenizer, and how its model is meant to generate.
+_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
 
 BYTES_VOCAB = 264  # ids of the "bytes" tokenizer
 

@@ -14,6 +14,7 @@ read from the shapes, and the rest comes from the run's configuration.
 
 import dataclasses
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,8 +27,7 @@ from storm_jax.config import ConfigError, DecoderConfig
 from storm_jax.interop.architecture import no_contradiction, normal
 from storm_jax.interop.files import WeightsError
 from storm_jax.interop.gemma_names import Entry, entries
-from storm_jax.interop.load import Filling
-from storm_jax.models.storm import Params
+from storm_jax.interop.load import aligned
 
 Layout = Literal["NESTED", "FLAT", "STACKED", "KAULDRON"]
 
@@ -67,7 +67,7 @@ def find(folder: Path) -> Path | None:
 
 
 class GemmaCheckpoint:
-    """The text decoder in one of Google's checkpoints; nothing is read before `load`."""
+    """The text decoder in one of Google's checkpoints; nothing is read before `read`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -154,36 +154,54 @@ class GemmaCheckpoint:
         no_contradiction("decoder", normal(found), normal(wanted), str(self.folder))
         return found
 
-    def load(self, config: DecoderConfig, abstract: Params) -> Params:
-        """The decoder's parameters, in the dtype of the checkpoint, laid out as `abstract` says.
+    def read(
+        self, config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The decoder's parameters one by one, each with its path, in the checkpoint's dtype.
 
-        Every tensor is read once. Host memory holds the parameters of one tensor (of all layers,
-        this process's shards of them) and one tensor at a time besides what is placed.
+        Memory holds one of our parameters (of all layers) and one of Google's tensors, which in
+        STACKED may be as large. A tensor that holds two or three of our parameters is read for
+        each of them: together, gate and up of all layers are most of a model.
 
         Args:
           config: from `config`.
-          abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
+          shapes: of the parameters, by their paths.
 
         Raises:
-          WeightsError: tensors are missing, have no place or another shape; all are listed.
+          WeightsError: tensors are missing, have no place or another shape; all are listed, before
+            the first is read.
         """
         table = entries(config, transposed_gate=self._transposed_gate(config))
-        wanted = nnx.traversals.flatten_mapping(abstract, sep="/")
         here = {ours for entry in table for ours in entry.ours}
-        if set(wanted) != here:
-            raise WeightsError(f"the table of names and the model differ: {set(wanted) ^ here}")
-        self._check(table, wanted, config.layers)
-        out = {}
+        if set(shapes) != here:
+            raise WeightsError(f"the table of names and the model differ: {set(shapes) ^ here}")
+        self._check(table, shapes, config.layers)
+        return self._parameters(table, shapes, config.layers)
+
+    def _parameters(
+        self, table: list[Entry], shapes: Mapping[str, tuple[int, ...]], layers: int
+    ) -> Iterator[tuple[str, np.ndarray]]:
         for entry in table:
-            fillings = [Filling(wanted[ours], entry.stacked) for ours in entry.ours]
-            for layers, stored in self._sources(entry, config.layers):
-                tensor = self._read(stored)
-                for i, layer in enumerate(layers):
-                    one = tensor[i] if stored.layers else tensor
-                    for filling, part in zip(fillings, entry.to_ours(one), strict=True):
-                        filling.put(layer, part)
-            out |= {o: f.array() for o, f in zip(entry.ours, fillings, strict=True)}
-        return nnx.traversals.unflatten_mapping(out, sep="/")
+            sources = self._sources(entry, layers)
+            for i, ours in enumerate(entry.ours):
+                yield ours, self._filled(entry, i, shapes[ours], sources)
+
+    def _filled(
+        self,
+        entry: Entry,
+        which: int,
+        shape: tuple[int, ...],
+        sources: list[tuple[tuple[int, ...], _Stored]],
+    ) -> np.ndarray:
+        """One of the parameters that an entry's tensors hold, of all layers if it has them."""
+        out = aligned(shape, sources[0][1].dtype)
+        for layers, stored in sources:
+            tensor = self._read(stored)
+            for row, layer in enumerate(layers):
+                one = entry.to_ours(tensor[row] if stored.layers else tensor)[which]
+                (out[layer] if entry.stacked else out)[...] = one
+            del tensor  # else it stays while the next one is read
+        return out
 
     def _transposed_gate(self, config: DecoderConfig) -> bool:
         if config.mlp == config.width:
@@ -193,13 +211,15 @@ class GemmaCheckpoint:
             )
         return self.shapes.get("layer_0/mlp/gating_einsum") == (2, config.mlp, config.width)
 
-    def _check(self, table: list[Entry], wanted: dict[str, Any], layers: int) -> None:
+    def _check(
+        self, table: list[Entry], shapes: Mapping[str, tuple[int, ...]], layers: int
+    ) -> None:
         needed = {}
         for entry in table:
-            leaf = wanted[entry.ours[0]]
+            shape = shapes[entry.ours[0]]
             for layer in range(layers) if entry.stacked else (0,):
-                shape = leaf.shape[1:] if entry.stacked else leaf.shape
-                needed[entry.google.format(layer=layer)] = entry.google_shape(shape)
+                one = shape[1:] if entry.stacked else shape
+                needed[entry.google.format(layer=layer)] = entry.google_shape(one)
         have = {name: s for name, s in self.shapes.items() if not SKIPPED.match(name)}
         lines = [f"  missing: {name}" for name in sorted(set(needed) - set(have))]
         extra = sorted(set(have) - set(needed))
@@ -212,7 +232,7 @@ class GemmaCheckpoint:
         if lines:
             raise WeightsError(f"{self.folder} does not fit this model:\n" + "\n".join(lines))
 
-    def _sources(self, entry: Entry, layers: int):
+    def _sources(self, entry: Entry, layers: int) -> list[tuple[tuple[int, ...], _Stored]]:
         """(layers, tensor that holds them) of an entry, in order."""
         if entry.google in self._stored:  # STACKED, or no layers at all
             return [(s.layers or (0,), s) for s in self._stored[entry.google]]

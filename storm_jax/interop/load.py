@@ -1,9 +1,10 @@
-"""Reads a part of the model from a folder of weights, layer by layer, to where it belongs."""
+"""Reads a part of the model from a folder of weights, parameter by parameter."""
 
+import functools
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -99,90 +100,75 @@ def _layers(pattern: str, layers: int) -> list[str]:
     return [pattern.format(layer=i) for i in range(layers)]
 
 
-def load_part(
+def read_part(
     weights: Weights,
     names: list[Name],
     spell: Callable[[str], str],
-    abstract: Params,
+    shapes: Mapping[str, tuple[int, ...]],
     change: Callable[[Name, np.ndarray], np.ndarray] | None = None,
-) -> Params:
-    """The parameters of a part, in the dtype of the files, each laid out as `abstract` says.
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters of a part one by one, each with its path, in the dtype of the files.
 
-    Every tensor is read once. Host memory holds one parameter (of all layers, this process's
-    shards of it) and one tensor at a time besides what is placed.
+    Every tensor is read once, when its parameter's turn comes. Memory holds one parameter (of all
+    layers) and one tensor.
 
     Args:
       weights: where they are read.
-      names: the part's table; covers `abstract` exactly.
+      names: the part's table.
       spell: from the table's names to the folder's.
-      abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
+      shapes: of the parameters, by their paths; those of the table exactly.
       change: applied to a tensor before it is brought into our shape.
 
     Raises:
       WeightsError: a tensor has another shape than the model needs.
     """
-    wanted = nnx.traversals.flatten_mapping(abstract, sep="/")
     table = {name.ours: name for name in names}
-    if set(wanted) != set(table):
-        raise WeightsError(f"the table of names and the model differ: {set(wanted) ^ set(table)}")
-    out = {}
-    for ours, leaf in wanted.items():
+    if set(shapes) != set(table):
+        raise WeightsError(f"the table of names and the model differ: {set(shapes) ^ set(table)}")
+
+    def one(name: Name, layer: int) -> np.ndarray:
+        shape = shapes[name.ours][1:] if name.stacked else shapes[name.ours]
+        hf = spell(name.hf.format(layer=layer))
+        tensor = weights.tensor(hf)
+        if change is not None:
+            tensor = change(name, tensor)
+        try:
+            return name.to_ours(tensor, shape)
+        except ValueError as error:
+            raise WeightsError(f"{weights.folder}: {hf} {error}") from error
+
+    for ours, shape in shapes.items():
         name = table[ours]
-        shape = leaf.shape[1:] if name.stacked else leaf.shape
-
-        def fetch(layer: int, name=name, shape=shape) -> np.ndarray:
-            hf = spell(name.hf.format(layer=layer))
-            tensor = weights.tensor(hf)
-            if change is not None:
-                tensor = change(name, tensor)
-            try:
-                return name.to_ours(tensor, shape)
-            except ValueError as error:
-                raise WeightsError(f"{weights.folder}: {hf} {error}") from error
-
-        filling = Filling(leaf, name.stacked)
-        for layer in range(leaf.shape[0] if name.stacked else 1):
-            filling.put(layer, fetch(layer))
-        out[ours] = filling.array()
-    return nnx.traversals.unflatten_mapping(out, sep="/")
+        yield ours, filled(shape, functools.partial(one, name), stacked=name.stacked)
 
 
-class Filling:
-    """A parameter that is put together from one tensor, or from one of each layer.
+def filled(
+    shape: tuple[int, ...], part: Callable[[int], np.ndarray], *, stacked: bool
+) -> np.ndarray:
+    """A parameter of `shape` from `part(0)`, or [layers, ...] from one array a layer.
 
-    The host holds the shards that belong to this process's devices, and no more.
-
-    Args:
-      leaf: `jax.ShapeDtypeStruct` with a sharding.
-      stacked: the first axis is that of layers.
+    One of them exists at a time. The memory begins where JAX takes it over without a copy.
     """
+    first = part(0)
+    out = aligned(shape, first.dtype)
+    if not stacked:
+        out[...] = first
+        return out
+    out[0] = first
+    del first
+    for layer in range(1, shape[0]):
+        out[layer] = part(layer)
+    return out
 
-    def __init__(self, leaf, stacked: bool):
-        self._shape, self._sharding, self._stacked = leaf.shape, leaf.sharding, stacked
-        # Slices cannot be keys before Python 3.12; replicas share a shard.
-        where = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-        self._indices = {self._key(index) for index in where}
-        self._shards: dict[tuple, np.ndarray] = {}
 
-    def _key(self, index) -> tuple[tuple[int, int, int], ...]:
-        return tuple(s.indices(n) for s, n in zip(index, self._shape, strict=True))
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that is not filled, at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
 
-    def put(self, layer: int, tensor: np.ndarray) -> None:
-        """Takes a layer's tensor, in our shape; the only one (layer 0) if there is no such axis."""
-        for index in self._indices:
-            if not self._stacked:
-                self._shards[index] = tensor[tuple(slice(*s) for s in index)]
-                continue
-            first, last, _ = index[0]
-            if first <= layer < last:
-                if index not in self._shards:
-                    sizes = tuple(stop - start for start, stop, _ in index)
-                    self._shards[index] = np.empty(sizes, tensor.dtype)
-                rest = tuple(slice(*s) for s in index[1:])
-                self._shards[index][layer - first] = tensor[rest]
 
-    def array(self) -> jax.Array:
-        """The parameter where it belongs, once all tensors are put."""
-        return jax.make_array_from_callback(
-            self._shape, self._sharding, lambda index: self._shards[self._key(index)]
-        )
+def shapes_of(part: Params) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a part, by its path, from `StormModel.abstract`."""
+    return {k: v.shape for k, v in nnx.traversals.flatten_mapping(part, sep="/").items()}

@@ -11,13 +11,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from storm_jax.config import ConfigError, InitConfig, ModelConfig, RunConfig, from_mapping
 from storm_jax.interop import load, names
 from storm_jax.interop.files import Weights, WeightsError, WeightsWriter
 from storm_jax.interop.settings import model_settings
-from storm_jax.models.storm import Params
+from storm_jax.models.storm import StormModel
 
 TWIN = Path(__file__).parent / "twin"
 SOURCES = ("configuration_storm.py", "temporal_storm.py", "modeling_storm.py")
@@ -168,15 +167,15 @@ def _contradictions(wanted: Mapping[str, Any], found: Mapping[str, Any], at: str
     return lines
 
 
-def read_params(folder: Path, model: ModelConfig, abstract: Params) -> Params:
-    """The parameters of an export, in the dtype of the files, laid out as `abstract` says.
+def read_params(folder: Path, model: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters of an export one by one, each with its path, in the dtype of the files.
 
     Raises:
       WeightsError: tensors are missing, have no place or another shape; names are listed.
     """
     weights, table = Weights(folder), names.storm_names(model)
-    leaves = nnx.traversals.flatten_mapping(abstract, sep="/")
-    layers = {name.hf: leaves[name.ours].shape[0] if name.stacked else 1 for name in table}
+    shapes = load.shapes_of(StormModel(model).abstract())
+    layers = {name.hf: shapes[name.ours][0] if name.stacked else 1 for name in table}
     asked = {hf.format(layer=i) for hf, count in layers.items() for i in range(count)}
     load.refuse(weights, asked - set(weights.names), set(weights.names) - asked)
-    return load.load_part(weights, table, str, abstract)
+    return load.read_part(weights, table, str, shapes)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from configs import debug
+from storm_jax import checkpoint
 from tests.commands.conftest import Command, training
 
 pytest.importorskip("torch")
@@ -26,6 +27,38 @@ def test_import_and_inspect(tmp_path):
     assert re.search(rf"vit/patch/weight +float32 +[\d,]+ {8 * 8 * 3}x{vit.width}\n", out)
     code, out, err = Command("convert", "inspect", str(tmp_path)).finish()
     assert code == 1 and err.strip().splitlines()[-1].startswith("error: no checkpoint at")
+
+
+RECIPE = """
+from configs import align, debug
+
+def get_config():
+    config = align.get_config("cluster=v5e_256")
+    with config.unlocked():
+        config.model = debug.get_config().model
+    return config
+"""
+
+
+def test_the_mesh_of_a_recipe_is_not_that_of_this_machine(tmp_path):
+    """A shipped recipe for 256 chips, here with a model that is small; then it itself."""
+    vit = debug.get_config().model.vit
+    config = transformers.SiglipVisionConfig(
+        image_size=vit.image_size, patch_size=vit.patch_size, hidden_size=vit.width,
+        intermediate_size=vit.mlp, num_hidden_layers=vit.layers, num_attention_heads=vit.heads,
+    )  # fmt: skip
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "hf")
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    out = tmp_path / "out"
+    given = ("import", f"--vit={tmp_path / 'hf'}", f"--out={out}")
+    code, _, err = Command("convert", *given, "--config=configs/align.py:cluster=v5e_256").finish()
+    assert code == 1 and f"width: {vit.width} in config.json, 1152 in --config" in err
+    assert not out.exists()
+    code, _, err = Command("convert", *given, f"--config={tmp_path / 'recipe.py'}").finish()
+    assert code == 0, err
+    assert "this machine's CPU reads and writes" in err
+    mesh = checkpoint.read_config(out).mesh
+    assert mesh.data * mesh.fsdp * mesh.seq == 256  # goes along for the training
 
 
 @pytest.mark.slow
@@ -59,16 +92,17 @@ def test_a_run_starts_from_what_was_imported(videos, tmp_path):
     def starts(err):
         return sorted(line.split()[0] for line in err.splitlines() if " starts from " in line)
 
-    for part in ("all", "temporal", "projector"):
-        code, _, err = train(f"no {part}", f"--config.init_from.{part}={imported}")
+    for part in ("", "temporal", "projector"):
+        field = ".".join(filter(None, ("--config.init_from", part)))
+        code, _, err = train(f"no {part}", f"{field}={imported}")
         assert code != 0
-        lacking = "projector" if part == "all" else part
+        lacking = part or "projector"
         assert f"has no part {lacking}, only decoder, vit; in place of" in err
     both = (f"--config.init_from.vit={imported}", f"--config.init_from.decoder={imported}")
     code, _, err = train("first", *both)
     assert code == 0, err
     assert starts(err) == ["decoder", "vit"]
-    code, _, err = train("next", f"--config.init_from.all={tmp_path / 'first'}", both[0])
+    code, _, err = train("next", "--config.init_from", str(tmp_path / "first"), both[0])
     assert code == 0, err
     assert starts(err) == ["decoder", "projector", "temporal", "vit"]
     assert f"vit starts from {imported}" in err

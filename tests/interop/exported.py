@@ -187,14 +187,15 @@ def in_twin(folder: Path, body: str, *, timeout: float = 300) -> str:
 
     Args:
       folder: of the process; also of transformers' copies of the model's code.
-      body: sees `load(folder, **options)`, `arrays(file)` and the names imported in
+      body: sees `load(folder, **options)`, `arrays(file)`, `Float64` and the names imported in
         `tests/interop/alone.py`.
 
     Returns:
       What it printed.
     """
     script = folder / "script.py"
-    script.write_text((Path(__file__).parent / "alone.py").read_text() + "\n\n" + body)
+    texts = [(Path(__file__).parent / name).read_text() for name in ("float64.py", "alone.py")]
+    script.write_text("\n\n".join([*texts, body]))
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
     done = subprocess.run(
         [sys.executable, str(script)], cwd=folder, text=True, capture_output=True,

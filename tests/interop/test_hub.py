@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 from storm_jax import checkpoint
+from storm_jax.data.text import load_tokenizer
+from storm_jax.interop.tokenizer_files import save_tokenizer
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.state import abstract_params
@@ -176,3 +178,46 @@ def test_a_hub_that_lacks_the_repository(hub, tmp_path):
     )  # fmt: skip
     assert "somebody/else is no folder here" in done.stderr
     assert "give the path of a local folder" in done.stderr
+
+
+TRAVEL = """
+import socket, sys, time
+from pathlib import Path
+from storm_jax.data.text import load_tokenizer
+from storm_jax.interop.tokenizer_files import save_tokenizer
+
+start = time.monotonic()
+tokenizer = load_tokenizer(sys.argv[1])
+def none(*args, **kwargs):
+    raise AssertionError("a tokenizer that is here needs no network")
+socket.create_connection = socket.getaddrinfo = none
+save_tokenizer(tokenizer, Path(sys.argv[2]))
+print(time.monotonic() - start)
+"""
+
+
+def test_a_tokenizer_in_the_cache_needs_no_network(hub, tmp_path):
+    handler, address = hub
+    save_tokenizer(load_tokenizer("bytes"), handler.folder)
+    (handler.folder / "chat_template.jinja").write_text("{{ messages }}")
+    (handler.folder / "generation_config.json").write_text('{"temperature": 0.7}')
+    needed = {path.name for path in handler.folder.iterdir()}
+    (handler.folder / "model.safetensors").write_bytes(b"not wanted")
+
+    def travel(name, out, **settings):
+        done = subprocess.run(
+            [sys.executable, "-c", TRAVEL, name, str(tmp_path / out)],
+            env=environment(tmp_path, **settings), cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+            assert (tmp_path / out / name).read_bytes() == (handler.folder / name).read_bytes()
+        config = (tmp_path / out / "tokenizer_config.json").read_text()
+        assert str(tmp_path) not in config
+        return float(done.stdout)
+
+    travel(NAME, "first", HF_ENDPOINT=address)
+    assert set(handler.asked) == needed
+    # (With a retry for each file that a repository may have, it took minutes.)
+    assert travel(NAME, "again", HF_ENDPOINT="http://127.0.0.1:1") < 20
+    assert travel(str(tmp_path / "first"), "folder", HF_ENDPOINT="http://127.0.0.1:1") < 20

@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from storm_jax import checkpoint, convert
 from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, MeshConfig
-from storm_jax.interop import architecture, load
-from storm_jax.interop.files import Weights, WeightsError, resolve
-from storm_jax.interop.names import Form, Name, decoder_names, storm_names
+from storm_jax.interop import architecture
+from storm_jax.interop.files import WeightsError, resolve
+from storm_jax.interop.names import Form, Name, storm_names
 from storm_jax.models.decoder import Decoder
 from storm_jax.models.storm import StormModel
 from storm_jax.models.vit import resize_positions
@@ -235,16 +235,16 @@ def test_a_folder_for_each_part(tmp_path):
     assert_same(loaded(config, tmp_path / "out", "vit"), vit_params(tower, 2, False))
 
 
-def test_bfloat16_stays_and_shardings_hold(tmp_path):
+def test_bfloat16_stays_and_any_mesh_takes_it(tmp_path):
     reference = randomise(gemma2()).to(torch.bfloat16)
     folder = saved(reference, tmp_path / "hf")
     found = architecture.decoder_config(architecture.read(Path(folder)))
-    config = run(decoder=found, mesh=MeshConfig(data=1, fsdp=2, tensor=2))
-    devices = jax.devices()[:4]
-    mesh = make_mesh(config.mesh, devices)
-    abstract = abstract_params(StormModel(config.model), mesh)["decoder"]
-    weights = Weights(folder)
-    params = load.load_part(weights, decoder_names(found), load.decoder_spelling(weights), abstract)
+    config = run(decoder=found)
+    convert.import_weights(config, str(tmp_path / "out"), decoder=folder)
+    assert {dtype for _, dtype in checkpoint.describe(tmp_path / "out")[1].values()} == {"bfloat16"}
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    abstract = abstract_params(StormModel(config.model), mesh, jnp.dtype("bfloat16"))["decoder"]
+    params = checkpoint.load_params(tmp_path / "out", {"decoder": abstract})["decoder"]
     expected = nnx.traversals.flatten_mapping(decoder_params(reference.float(), found))
     for path, value in nnx.traversals.flatten_mapping(params).items():
         assert value.dtype == jnp.bfloat16
