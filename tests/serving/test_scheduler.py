@@ -149,7 +149,7 @@ def test_an_engine_that_fails(scheduler, engine, monkeypatch):
     runs.get(timeout=30)
     _, waits = asked(scheduler)
 
-    def failing(hurry):
+    def failing(**_):
         working.set()
         raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
 
@@ -180,7 +180,7 @@ def test_a_server_whose_engine_failed(loaded, tokenizer, monkeypatch):
     with running(loaded, tokenizer, SETTINGS) as found:
         assert found.ask("x").status_code == 200
 
-        def failing(hurry):
+        def failing(**_):
             raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
 
         monkeypatch.setattr(found.server.scheduler._engine, "step", failing)
