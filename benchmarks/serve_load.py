@@ -39,6 +39,7 @@ from benchmarks.serve_clients import Load, Questions, for_seconds, summary, unde
 from benchmarks.serve_watch import Watch, metrics, say, written  # noqa: E402
 
 _MEDIA = {".mp4": "video", ".mkv": "video", ".webm": "video", ".png": "image", ".jpg": "image"}
+_CLIPS = tuple(range(16, 65, 8))  # frames of those that are made
 
 
 async def warmed(
@@ -175,7 +176,7 @@ def made_media(folder: Path, videos: int, images: int) -> None:
 
     for i in range(videos):
         size = ((160, 120), (320, 240), (448, 252))[i % 3]
-        write(folder / f"{i}.mp4", 16 + 8 * (i % 7), size=size, fps=25, number=100 * i)
+        write(folder / f"{i}.mp4", _CLIPS[i % len(_CLIPS)], size=size, fps=25, number=100 * i)
     for i in range(images):
         size = ((160, 120), (320, 240))[i % 2]
         number = 100 * i
@@ -214,7 +215,8 @@ def serve(arguments: argparse.Namespace) -> None:
         context=context,
     )
     say(f"weights after {time.perf_counter() - began:.0f} s")
-    server.warm_up()
+    most = settings.max_frames
+    server.warm_up(tuple(dict.fromkeys((1, *(min(n, most) for n in _CLIPS)))), say)
     about = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
