@@ -294,9 +294,9 @@ class Encoder:
         # Few lengths, and none that depends on how the frames were cut into batches.
         length, first = self._length([len(part) for part in parts]), 0
         x_FND = self._blank(length)()
-        for i, part in enumerate(parts):
+        while parts:
+            part = parts.pop(0)
             x_FND = self._put(length, len(part))(x_FND, part, np.int32(first))
-            parts[i] = None  # lets its memory go
             first += len(part)
         groups = np.full(length, -1, np.int32)
         groups[:count] = config.reduction.frame_groups(count)

@@ -5,6 +5,7 @@ others. Here a thread of its own traces and compiles (XLA lets other threads go 
 the caller asks again later.
 """
 
+import concurrent.futures
 import threading
 import time
 from collections import deque
@@ -13,6 +14,9 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
+
+WAITED = "/storm_jax/waited_for_a_program"  # event of `jax.monitoring`, on the thread that waited
+THREAD = "compiler"  # name of the thread beside
 
 Make = Callable[[], jax.stages.Compiled]
 
@@ -60,6 +64,10 @@ class Programs:
         job, mine = self._claimed(name, key, make)
         if mine:
             self._compile(job)
+        elif not job.future.done():
+            began = time.perf_counter()
+            concurrent.futures.wait([job.future])
+            jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
         try:
             return job.future.result()
         except Exception as error:
@@ -77,13 +85,13 @@ class Programs:
                 self._todo.append(job)
                 if not self._busy:
                     self._busy = True
-                    threading.Thread(target=self._work, name="compiler").start()
+                    threading.Thread(target=self._work, name=THREAD).start()
         return job.future.done()
 
-    def wait(self) -> None:
-        """Returns when everything that `ahead` began has ended."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Returns when everything that `ahead` began has ended, or after some time."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._busy)
+            self._changed.wait_for(lambda: not self._busy, seconds)
 
     def give_up(self) -> None:
         """What waits for its turn is not compiled; what is being compiled goes on to its end."""
