@@ -17,6 +17,7 @@ _WATCHED = (
     "storm_answer_tokens_total", "storm_frames_encoded_total", "storm_encode_seconds_total",
     "storm_decode_seconds_total", "storm_visual_cache_hits_total",
     "storm_visual_cache_misses_total", "storm_compiles_total",
+    "storm_compile_waits_total", "process_cpu_seconds_total",
 )  # fmt: skip
 WORKERS = "decoders_resident_memory_bytes"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
