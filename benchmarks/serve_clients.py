@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import httpx2
 import numpy as np
 
-_LEAVES = 0.05  # share of the requests whose client does not wait for the end
+_LEAVES = 0.05  # share of the requests whose client does not wait for the end, if it is streamed
+_PATIENCE = 0.5  # seconds for which these wait at most
 
 
 @dataclass
@@ -56,8 +57,13 @@ class Questions:
         }
 
 
-async def ask(http: httpx2.AsyncClient, body: dict, leave: bool, load: Load) -> None:
-    """One request, and what came of it."""
+async def ask(http: httpx2.AsyncClient, body: dict, leave: float | None, load: Load) -> None:
+    """One request, and what came of it.
+
+    Args:
+      leave: seconds behind the head of a streamed answer after which the client goes away. It does
+        not wait for text, of which random weights and a tokenizer of bytes give none.
+    """
     began = time.perf_counter()
     try:
         async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -76,7 +82,8 @@ async def ask(http: httpx2.AsyncClient, body: dict, leave: bool, load: Load) -> 
                     if "error" in chunk:
                         load.errors.append(chunk["error"]["message"])
                         return
-                    if leave and chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+                    if leave is not None:
+                        await asyncio.sleep(leave)
                         load.left += 1
                         return
                     usage = chunk.get("usage") or usage
@@ -111,7 +118,8 @@ async def under_load(
     async def client(number: int) -> None:
         rng = random.Random(seed * 1000 + number)
         while goes_on():
-            leave = clients > 1 and rng.random() < _LEAVES
+            leaves = clients > 1 and rng.random() < _LEAVES
+            leave = rng.uniform(0, _PATIENCE) if leaves else None
             errors = len(load.errors)
             await ask(http, questions.next(rng), leave, load)
             if len(load.errors) > errors:

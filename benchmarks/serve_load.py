@@ -12,9 +12,9 @@ started first, in a process of its own, and ended afterwards:
 Each client asks again as soon as it is answered: a video or an image of FOLDER (without one, clips
 of 16 to 64 frames and pictures are made), streamed or not, with answers of different lengths. Every
 `fresh`-th medium is changed by a byte behind its end, so that it is another content and must be
-encoded anew. One in twenty clients leaves in the middle of its answer. Before, one client alone
-gives the baseline. Every half minute a line says how it goes, and --out has what was measured so
-far, with "complete": false.
+encoded anew. One in twenty clients leaves in the middle of its answer, where that is streamed.
+Before, one client alone gives the baseline. Every half minute a line says how it goes, and --out
+has what was measured so far, with "complete": false.
 """
 
 import argparse

@@ -100,7 +100,7 @@ def decode(
 
     def one(state):
         step, cache, rows, out = state
-        scores, cache = decoder.token(weights, cache, rows.token, rows.position)
+        scores, cache = decoder.token(weights, cache, rows.token, rows.position, rows.running)
         position = rows.position + 1
         token = sample(scores, rows.wishes, rows.seen, position)
         is_stop = jnp.any(token[:, None] == rows.wishes.stop_tokens, axis=1)
