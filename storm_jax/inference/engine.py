@@ -31,7 +31,6 @@ from storm_jax.parallel.sharding import shard
 STEPS = 8  # tokens of each row that `step` adds at most
 _PIECE = 512  # tokens that `extend` computes at a time, since their scores are all there
 _SHORTEST = 32  # prompts are padded to this at least
-FURTHER_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # of a piece of `extend`, padded
 
 
 class ContextError(ValueError):
@@ -371,3 +370,8 @@ def _pieces(tokens: int) -> list[int]:
     """The lengths that the pieces of what follows are padded to."""
     lengths = [min(_PIECE, tokens - at) for at in range(0, tokens, _PIECE)]
     return [min(max(bucket(n, 2), _SHORTEST), _PIECE) for n in lengths]
+
+
+def further_lengths() -> list[int]:
+    """To which pieces of `extend` are padded: a program each."""
+    return list(dict.fromkeys(_pieces(n)[0] for n in range(1, _PIECE + 1)))

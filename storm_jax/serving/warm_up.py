@@ -9,7 +9,7 @@ import numpy as np
 from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data import text
 from storm_jax.data.conversation import Turn
-from storm_jax.inference.engine import FURTHER_LENGTHS, Engine
+from storm_jax.inference.engine import Engine, further_lengths
 from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
 from storm_jax.serving import conversation
@@ -83,7 +83,7 @@ def warm_up(
             _answered(scheduler, tokens, visual)
         # The question makes it longer.
         lengths |= set(engine.prompt_lengths(len(tokens), 2 * len(tokens))[:2])
-    turns = FURTHER_LENGTHS if everything else [n for n in FURTHER_LENGTHS if n <= _SHORT_TURN]
+    turns = [n for n in further_lengths() if everything or n <= _SHORT_TURN]
     if everything:
         lengths = set(engine.prompt_lengths(len(prompt([])), engine.context))
     for i, length in enumerate(sorted(lengths)):
