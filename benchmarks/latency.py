@@ -69,16 +69,14 @@ def measure(loaded, case: tuple[int, int, int], args) -> dict:
     del encoded
     with jax.set_mesh(loaded.mesh):
         batches = [jax.device_put(batch) for batch, _ in encoder._batches([frames])]
-        parts = [encoder._features(loaded.weights, batch) for batch in batches]
+        parts = [encoder.features(batch) for batch in batches]
 
         def vit():
-            jax.block_until_ready([encoder._features(loaded.weights, batch) for batch in batches])
+            jax.block_until_ready([encoder.features(batch) for batch in batches])
 
         result = {"vit": timed(vit, args.repeats)}
         result["temporal"] = timed(
-            lambda: jax.block_until_ready(
-                encoder._reduce(list(parts), count, model_config, 1.0).tokens
-            ),
+            lambda: jax.block_until_ready(encoder.reduce(list(parts), count, model_config).tokens),
             args.repeats,
         )
     about = {

@@ -32,7 +32,7 @@ from storm_jax import answer_flags, cache_flag, checkpoint, option_flags
 from storm_jax.command_exit import USAGE, failed, parse
 from storm_jax.config import ConfigError, RunConfig
 from storm_jax.data import subtitles, text
-from storm_jax.data.conversation import Media
+from storm_jax.data.conversation import Media, Turn
 from storm_jax.data.video import MediaError
 from storm_jax.inference.compile_notice import CompileNotice
 from storm_jax.inference.conversation import Conversation, Medium, PlacementError, opening
@@ -246,6 +246,7 @@ def encoded_media(
             tokenizer = load_tokenizer(_CHECKPOINT.value, config)
             loaded = load(_CHECKPOINT.value)
             engine = Engine(loaded, slots=1, context=_CONTEXT.value or room_for(config, media))
+        compile_beside(engine, tokenizer, config, options, media, frames)
         visual = {}
         for medium, chunks in frames.items():
             with summary.timed("encode"):
@@ -256,6 +257,25 @@ def encoded_media(
             kept = options.tokens_kept(config.model, sampled, encoded)
             summary.media.append((medium.media, kept))
     return engine, tokenizer, visual
+
+
+def compile_beside(
+    engine: Engine,
+    tokenizer: "PreTrainedTokenizerFast",
+    config: RunConfig,
+    options: Options,
+    media: list[Medium],
+    frames: dict[Medium, Frames],
+) -> None:
+    """Begins to compile for the prompt while its media are encoded, if its length is known."""
+    if _PROMPT.value is None or options.duplicate_threshold:
+        return
+    prompt, ordered = opening(_PROMPT.value, media)
+    counts = [frames[medium].count for medium in ordered]
+    visual = [options.tokens_kept(config.model, count, count).pruned for count in counts]
+    turns = (Turn("user", prompt),)
+    tokens = text.encode_prompt(tokenizer, config.data.chat_template, turns, visual)
+    engine.can_admit(len(tokens))
 
 
 def answer(conversation: Conversation, question: str, summary: Summary) -> None:

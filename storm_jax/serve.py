@@ -86,7 +86,12 @@ _RECEIVE_SECONDS = flags.DEFINE_float(
     "receive-seconds", _SETTINGS.receive_seconds, "Longest time for the body of a request.", 1
 )
 _GRACE = flags.DEFINE_integer("grace", 30, "Seconds for running requests after SIGTERM.", 0)
-_WARM = flags.DEFINE_boolean("warm-up", True, "Compile before the first request.")
+_WARM = flags.DEFINE_string(
+    "warm-up",
+    "longest",
+    "What to compile before the first request: longest (an image and the longest video), numbers of"
+    " frames (1,32,64), all, or none.",
+)
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -110,6 +115,7 @@ def bound(host: str, port: int) -> socket.socket:
 def run() -> None:
     try:
         from storm_jax.serving.server import Server
+        from storm_jax.serving.warm_up import frame_numbers
     except ImportError as error:
         raise ConfigError(
             f"the server's packages are not installed ({error}): pip install 'storm_jax[serve]'"
@@ -141,12 +147,11 @@ def run() -> None:
         decoders=_DECODERS.value,
         cache_bytes=_CACHE.value * _MB,
     )
+    warm = frame_numbers(_WARM.value, settings.max_frames)
     context = _CONTEXT.value or config.data.sequence_length + _MAX_TOKENS.value
     server = Server(settings, loaded, tokenizer, slots=_SLOTS.value, context=context)
     _say(f"{settings.model}: {_SLOTS.value} slots of {context} tokens on {jax.devices()[0]}")
-    if _WARM.value:
-        _say(f"compiling for an image and for {settings.max_frames} frames")
-        server.warm_up()
+    server.warm_up(warm, _say)
     _say(f"ready after {time.perf_counter() - began:.1f} s")
     host, port = listening.getsockname()[:2]
     at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

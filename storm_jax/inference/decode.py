@@ -71,13 +71,20 @@ def begin(
 
 
 def decode(
-    decoder: CachedDecoder, weights: Weights, cache: Cache, rows: Rows, steps: int, until_one: bool
+    decoder: CachedDecoder,
+    weights: Weights,
+    cache: Cache,
+    rows: Rows,
+    steps: int,
+    until_one: jax.Array,
+    most: jax.Array,
 ) -> tuple[Cache, Rows, jax.Array]:
-    """Adds up to `steps` tokens to every row that runs.
+    """Adds up to `most` tokens to every row that runs.
 
     Args:
-      steps: int32 at most this many, fixed when compiled.
+      steps: that there is room for, fixed when compiled.
       until_one: bool: returns when the first row ends, else when all have.
+      most: int32, tokens of a row, at most `steps`.
 
     Returns:
       cache, rows, and the new tokens, int32 [B, steps], -1 where there is none.
@@ -89,11 +96,11 @@ def decode(
         step, _, rows, _ = state
         running = jnp.sum(rows.running)
         enough = jnp.where(until_one, running == before, running > 0)
-        return (step < steps) & enough & (running > 0)
+        return (step < jnp.minimum(most, steps)) & enough & (running > 0)
 
     def one(state):
         step, cache, rows, out = state
-        scores, cache = decoder.token(weights, cache, rows.token, rows.position)
+        scores, cache = decoder.token(weights, cache, rows.token, rows.position, rows.running)
         position = rows.position + 1
         token = sample(scores, rows.wishes, rows.seen, position)
         is_stop = jnp.any(token[:, None] == rows.wishes.stop_tokens, axis=1)

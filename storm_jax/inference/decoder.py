@@ -137,13 +137,19 @@ class CachedDecoder:
         return self.scores(weights, _at(x_BSD, count - 1))[:, 0], tuple(filled)
 
     def token(
-        self, weights: Weights, cache: Cache, tokens_B: jax.Array, positions_B: jax.Array
+        self,
+        weights: Weights,
+        cache: Cache,
+        tokens_B: jax.Array,
+        positions_B: jax.Array,
+        wanted_B: jax.Array,
     ) -> tuple[jax.Array, Cache]:
         """One token of every row.
 
         Args:
           tokens_B: int32.
           positions_B: int32, place of the token in its row: the cache holds those before it.
+          wanted_B: bool; scores of other rows mean nothing, and little of their cache is read.
 
         Returns:
           Scores of the token that follows, float32 [B, V], and the cache.
@@ -153,7 +159,7 @@ class CachedDecoder:
         filled = []
         for index, (layer, held) in enumerate(zip(weights.layers, cache, strict=True)):
             q, k, v = self._qkv(index, layer, x_BSD, turns)
-            h, held = self._attend_token(q, k, v, held, positions_B)
+            h, held = self._attend_token(q, k, v, held, positions_B, wanted_B)
             filled.append(held)
             x_BSD = self._after(layer, x_BSD, h)
         return self.scores(weights, x_BSD)[:, 0], tuple(filled)
@@ -235,14 +241,14 @@ class CachedDecoder:
         call = sharding.per_device(local, (queries, keys, keys, (None, None, None)), queries)
         return call(q_BSKGC, k_BTKC, v_BTKC, mask_BST)
 
-    def _attend_token(self, q_BSKGC, k_BSKC, v_BSKC, held: LayerCache, positions_B):
+    def _attend_token(self, q_BSKGC, k_BSKC, v_BSKC, held: LayerCache, positions_B, wanted_B):
         softcap = self.config.attention_softcap
 
-        def local(q, k, v, held_k, held_v, positions):
+        def local(q, k, v, held_k, held_v, positions, wanted):
             held_k = slots.write_token(held_k, k[:, 0], positions)
             held_v = slots.write_token(held_v, v[:, 0], positions)
             # A ring that is full holds the window and nothing else.
-            valid = jnp.minimum(positions + 1, held_k.shape[1])
+            valid = jnp.where(wanted, jnp.minimum(positions + 1, held_k.shape[1]), 1)
             h = token_attention(q[:, 0], held_k, held_v, valid, self._scale, softcap)
             return h[:, None], held_k, held_v
 
@@ -250,11 +256,11 @@ class CachedDecoder:
         queries = (None, None, "kv_heads", None, None)
         call = sharding.per_device(
             local,
-            (queries, keys, keys, slots.AXES, slots.AXES, (None,)),
+            (queries, keys, keys, slots.AXES, slots.AXES, (None,), (None,)),
             (queries, slots.AXES, slots.AXES),
             checked=False,
         )
-        h, k, v = call(q_BSKGC, k_BSKC, v_BSKC, held.k, held.v, positions_B)
+        h, k, v = call(q_BSKGC, k_BSKC, v_BSKC, held.k, held.v, positions_B, wanted_B)
         return h, LayerCache(k, v)
 
 

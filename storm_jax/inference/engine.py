@@ -2,6 +2,10 @@
 
 A request is prefilled by itself into a free row; all rows that run are decoded together. One thread
 calls the engine.
+
+Prompts are padded to a few lengths, and each has a program of its own: `can_admit`, `can_extend`
+and `can_encode` say whether it is there, and have it compiled beside where it is not, for a caller
+who has something else to do meanwhile. Without them the call itself compiles.
 """
 
 import functools
@@ -19,8 +23,10 @@ from storm_jax.inference.decode import begin, decode, no_rows
 from storm_jax.inference.load import LoadedModel
 from storm_jax.inference.options import Options
 from storm_jax.inference.prefill import AS_TRAINED, Encoder, Visual, bucket
+from storm_jax.inference.programs import Family, Programs, described
 from storm_jax.inference.sampling import Sampling, Wishes
 from storm_jax.inference.vit import compiler_options
+from storm_jax.parallel.sharding import shard
 
 STEPS = 8  # tokens of each row that `step` adds at most
 _PIECE = 512  # tokens that `extend` computes at a time, since their scores are all there
@@ -78,7 +84,8 @@ class Engine:
     def __init__(self, loaded: LoadedModel, *, slots: int, context: int):
         self.loaded = loaded
         self.context = context
-        self.encode_frames = Encoder(loaded)
+        self.programs = Programs(loaded.mesh)
+        self.encode_frames = Encoder(loaded, self.programs)
         self._free = list(range(slots - 1, -1, -1))
         self._slots: dict[int, _Slot] = {}
         decoder = loaded.decoder
@@ -89,11 +96,21 @@ class Engine:
             # As the programs below return them, so that the first call is compiled once.
             self._cache = jax.jit(lambda: empty_cache(config, slots, context, dtype))()
             self._rows = jax.jit(lambda: no_rows(slots, config.vocab_size))()
+            # Visual tokens of the prompt that is being computed, so that their number makes no
+            # further programs.
+            shape = (context, config.width)
+            self._visual = jax.jit(lambda: shard(jnp.zeros(shape, dtype), None, None))()
 
         def seen(tokens, count):
             there = (jnp.arange(len(tokens)) < count) & (tokens != VISUAL)
             ids = jnp.where(there, tokens, config.vocab_size)
             return jnp.zeros(config.vocab_size, bool).at[ids].set(True, mode="drop")
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def place(all_VD, tokens_VD, at, count):
+            j = jnp.arange(len(tokens_VD))
+            where = jnp.where(j < count, at + j, len(all_VD))
+            return all_VD.at[where].set(tokens_VD.astype(all_VD.dtype), mode="drop")
 
         @functools.partial(jax.jit, donate_argnums=(1, 2), compiler_options=large_products)
         def fill(weights, cache, rows, row, tokens, count, visual, limit, wishes):
@@ -107,15 +124,42 @@ class Engine:
             return cache, begin(rows, row, scores[0], start + count, limit, known, wishes)
 
         @functools.partial(jax.jit, donate_argnums=(1, 2))
-        def run(weights, cache, rows, until_one):
-            cache, rows, out = decode(decoder, weights, cache, rows, STEPS, until_one)
+        def run(weights, cache, rows, until_one, most):
+            cache, rows, out = decode(decoder, weights, cache, rows, STEPS, until_one, most)
             return cache, rows, (out, rows.position, rows.running, rows.stopped, rows.finite)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def halt(rows, row):
             return rows._replace(running=rows.running.at[row].set(False))
 
-        self._fill, self._further, self._run, self._halt = fill, further, run, halt
+        held = loaded.weights, *described((self._cache, self._rows))
+        visual, number = described(self._visual), jax.ShapeDtypeStruct((), jnp.int32)
+        flag = jax.ShapeDtypeStruct((), jnp.bool_)
+        wishes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Wishes.of(Sampling())
+        )
+
+        def words(length: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((length,), jnp.int32)
+
+        family = functools.partial(Family, self.programs)
+        self._place = family(
+            "visual tokens", place, lambda tokens: (visual, tokens, number, number)
+        )
+        self._fill = family(
+            "prefill",
+            fill,
+            lambda length: (*held, number, words(length), number, visual, number, wishes),
+        )
+        self._further = family(
+            "prefill of what follows",
+            further,
+            lambda length: (
+                *held, number, words(length), number, number, visual, number, number, wishes,
+            ),
+        )  # fmt: skip
+        self._run = family("decoding", run, lambda: (*held, flag, number))
+        self._halt = family("stop", halt, lambda: (held[2], number))
 
     @property
     def free_slots(self) -> int:
@@ -132,6 +176,40 @@ class Engine:
         """Waits until every prompt is in the cache; only measurements need it."""
         jax.block_until_ready(self._rows.token)
 
+    def can_encode(self, frames: int, options: Options = AS_TRAINED) -> bool:
+        """Whether `encode` of so many frames compiles nothing; else that begins beside."""
+        return self.encode_frames.ahead(frames, options)
+
+    def can_admit(self, tokens: int, media: Sequence[Visual] = ()) -> bool:
+        """Whether `admit` compiles nothing; else that begins beside.
+
+        Args:
+          tokens: of the prompt. One that is too long is for `admit` to refuse.
+        """
+        if not 0 < tokens < self.context:
+            return True
+        there = [self._place.ahead(*described((m.tokens,))) for m in media]
+        there += [self._fill.ahead(self._prompt_length(tokens))]
+        return all([*there, self._run.ahead(), self._halt.ahead()])
+
+    def can_extend(self, slot: int, tokens: int, media: Sequence[Visual] = ()) -> bool:
+        """Whether `extend` compiles nothing; else that begins beside. See `can_admit`."""
+        state = self._slots[slot]
+        n = tokens + len(state.behind)
+        if not 0 < state.length + n < self.context:
+            return True
+        there = [self._place.ahead(*described((m.tokens,))) for m in media]
+        return all([*there, self.can_go_on(n), self._run.ahead(), self._halt.ahead()])
+
+    def can_go_on(self, tokens: int) -> bool:
+        """Whether `extend` by so many tokens without media compiles nothing; see `can_admit`."""
+        return all([self._further.ahead(length) for length in dict.fromkeys(_pieces(tokens))])
+
+    def prompt_lengths(self, least: int, most: int) -> list[int]:
+        """To which prompts of `least` to `most` tokens are padded: a program each."""
+        most = min(most, self.context - 1)
+        return list(dict.fromkeys(self._prompt_length(n) for n in range(least, most + 1)))
+
     def admit(self, tokens: np.ndarray, media: Sequence[Visual], sampling: Sampling) -> int:
         """Starts an answer.
 
@@ -144,20 +222,23 @@ class Engine:
 
         Raises:
           ContextError: the prompt is too long.
+          CompileError: there is no program for it; nothing has changed.
           RuntimeError: no slot is free.
           ValueError: tokens and media do not fit each other.
         """
         n = self._check(tokens, media, 0)
         if not self._free:
             raise RuntimeError(f"all {len(self._slots)} slots are taken")
+        length = self._prompt_length(n)
+        fill = self._fill(length)
+        self._show(media)
         slot = self._free.pop()
         self._slots[slot] = _Slot()
         limit = min(sampling.max_new_tokens, self.context - n)
-        length = min(max(bucket(n, 8), _SHORTEST), self.context)
         with jax.set_mesh(self.loaded.mesh):
-            self._cache, self._rows = self._fill(
+            self._cache, self._rows = fill(
                 self.loaded.weights, self._cache, self._rows, np.int32(slot),
-                _padded(tokens, length), np.int32(n), _joined(media), np.int32(limit),
+                _padded(tokens, length), np.int32(n), self._visual, np.int32(limit),
                 Wishes.of(sampling),
             )  # fmt: skip
         self._start(slot, n)
@@ -178,32 +259,33 @@ class Engine:
         state = self._slots[slot]
         with jax.set_mesh(self.loaded.mesh):
             if state.running:
-                self._rows = self._halt(self._rows, np.int32(slot))
+                self._stop(slot)
                 state.running = False
             tokens = np.concatenate([np.asarray(state.behind, np.int32), tokens])
             n = self._check(tokens, media, state.length)
-            limit = min(sampling.max_new_tokens, self.context - state.length - n)
-            visual, used = _joined(media), 0
-            for at in range(0, n, _PIECE):
+            programs = [self._further(length) for length in _pieces(n)]
+            self._show(media)
+            limit, used = min(sampling.max_new_tokens, self.context - state.length - n), 0
+            for further, length, at in zip(programs, _pieces(n), range(0, n, _PIECE), strict=True):
                 piece = tokens[at : at + _PIECE]
-                self._cache, self._rows = self._further(
+                self._cache, self._rows = further(
                     self.loaded.weights, self._cache, self._rows, np.int32(slot),
-                    _padded(piece, min(max(bucket(len(piece), 2), _SHORTEST), _PIECE)),
-                    np.int32(state.length + at), np.int32(len(piece)), visual, np.int32(used),
-                    np.int32(limit), Wishes.of(sampling),
+                    _padded(piece, length), np.int32(state.length + at), np.int32(len(piece)),
+                    self._visual, np.int32(used), np.int32(limit), Wishes.of(sampling),
                 )  # fmt: skip
                 used += int((piece == VISUAL).sum())
         self._start(slot, state.length + n)
 
-    def step(self, hurry: bool | None = None) -> list[Progress]:
+    def step(self, hurry: bool | None = None, most: int = STEPS) -> list[Progress]:
         """Adds tokens to the answers that are being made; an entry for each that grew or ended.
 
         Answers whose first token was chosen since the last call give that one alone, at once. Else
-        all grow by up to `STEPS` tokens.
+        all grow by up to `most` tokens.
 
         Args:
           hurry: by fewer as soon as one ends, since somebody waits for its slot; None: if no slot
             is free.
+          most: 1 to `STEPS`.
         """
         active = {slot: state for slot, state in self._slots.items() if state.running}
         if not active:
@@ -220,8 +302,8 @@ class Engine:
         if hurry is None:
             hurry = not self._free
         with jax.set_mesh(self.loaded.mesh):
-            self._cache, self._rows, news = self._run(
-                self.loaded.weights, self._cache, self._rows, np.bool_(hurry)
+            self._cache, self._rows, news = self._run()(
+                self.loaded.weights, self._cache, self._rows, np.bool_(hurry), np.int32(most)
             )
         out, position, *about = jax.device_get(news)
         progress = []
@@ -246,10 +328,24 @@ class Engine:
         """Frees a slot, also in the middle of an answer."""
         state = self._slots.pop(slot)
         if state.running:
-            with jax.set_mesh(self.loaded.mesh):
-                self._rows = self._halt(self._rows, np.int32(slot))
+            self._stop(slot)
         self._free.append(slot)
         self._free.sort(reverse=True)
+
+    def _stop(self, slot: int) -> None:
+        self._rows = self._halt()(self._rows, np.int32(slot))
+
+    def _prompt_length(self, tokens: int) -> int:
+        """To which a prompt is padded."""
+        return min(max(bucket(tokens, 8), _SHORTEST), self.context)
+
+    def _show(self, media: Sequence[Visual]) -> None:
+        """Puts the visual tokens of media, one behind the other, where prefill reads them."""
+        at = 0
+        for visual in media:
+            place = self._place(*described((visual.tokens,)))
+            self._visual = place(self._visual, visual.tokens, np.int32(at), np.int32(visual.count))
+            at += visual.count
 
     def _start(self, slot: int, length: int) -> None:
         self._slots[slot] = _Slot(length=length, first=True, running=True)
@@ -270,12 +366,12 @@ def _padded(tokens: np.ndarray, length: int) -> np.ndarray:
     return np.pad(tokens.astype(np.int32), (0, length - len(tokens)))
 
 
-def _joined(media: Sequence[Visual]) -> jax.Array | None:
-    """The visual tokens of several media, one behind the other."""
-    if not media:
-        return None
-    if len(media) == 1:
-        return media[0].tokens
-    joined = jnp.concatenate([m.tokens[: m.count] for m in media])
-    more = bucket(len(joined), 4) - len(joined)
-    return jnp.pad(joined, ((0, more), (0, 0)))
+def _pieces(tokens: int) -> list[int]:
+    """The lengths that the pieces of what follows are padded to."""
+    lengths = [min(_PIECE, tokens - at) for at in range(0, tokens, _PIECE)]
+    return [min(max(bucket(n, 2), _SHORTEST), _PIECE) for n in lengths]
+
+
+def further_lengths() -> list[int]:
+    """To which pieces of `extend` are padded: a program each."""
+    return list(dict.fromkeys(_pieces(n)[0] for n in range(1, _PIECE + 1)))

@@ -19,12 +19,13 @@ from storm_jax.config import ModelConfig
 from storm_jax.inference import vit
 from storm_jax.inference.load import LoadedModel
 from storm_jax.inference.options import Options
+from storm_jax.inference.programs import Family, Programs, described
 from storm_jax.inference.prune import DuplicateFilter, kept_tokens, prune_static
 from storm_jax.inference.weights import Weights
 from storm_jax.models.storm import Storm
 from storm_jax.models.temporal import TemporalEncoder, empty_state
 from storm_jax.parallel.frames import spread
-from storm_jax.parallel.sharding import reshape
+from storm_jax.parallel.sharding import named, reshape, shard
 
 _FRAMES_PER_CALL = 64  # where the configuration names no number
 # Frames of a call for what is left over: 32 for more than 24 frames, 8 for more than one.
@@ -78,12 +79,18 @@ def _segments(real: int, length: int) -> np.ndarray:
 class Encoder:
     """Encodes one medium after another."""
 
-    def __init__(self, loaded: LoadedModel):
+    def __init__(self, loaded: LoadedModel, programs: Programs | None = None):
+        """
+        Args:
+          programs: where compiled programs are kept; None: in some of its own.
+        """
         self._loaded = loaded
         config, model = loaded.config.model, loaded.model
         options = vit.compiler_options(loaded.mesh)
         self._per_call = config.vit.frames_per_call or _FRAMES_PER_CALL
         group_tokens = config.group_tokens
+        dtype, width = jnp.dtype(config.dtype), config.decoder.width
+        side, tokens = config.vit.image_size, config.frame_tokens
 
         @functools.partial(jax.jit, compiler_options=options)
         def features(weights, frames_FHWC):
@@ -96,11 +103,15 @@ class Encoder:
             x_BFND, state = temporal.carry(x_FND[None], frame_segments[None], state)
             return x_BFND[0], state
 
+        @functools.partial(jax.jit, static_argnums=0)
+        def blank(length):
+            return shard(jnp.zeros((length, tokens, width), dtype), None, None, None)
+
         @functools.partial(jax.jit, donate_argnums=0)
         def put(all_FND, x_FND, first):
             return jax.lax.dynamic_update_slice_in_dim(all_FND, x_FND, first, axis=0)
 
-        @functools.partial(jax.jit, static_argnames=("groups", "keep"))
+        @functools.partial(jax.jit, static_argnums=(6, 7))
         def reduced(params, x_FND, frame_segments, frame_groups, count, quota, groups, keep):
             storm, x_BFND = model.bind(params), x_FND[None]
             if not self._forward:
@@ -113,8 +124,103 @@ class Encoder:
         temporal = config.temporal
         carries = temporal.mixer == "mamba" and temporal.direction == "forward"
         self._forward = temporal.layers > 0 and carries
-        self._features, self._carried, self._put = features, carried, put
-        self._reduced = reduced
+        state = None
+        if self._forward:
+            with jax.set_mesh(loaded.mesh):
+                self._empty = jax.jit(lambda: empty_state(temporal, width, 1, dtype))
+                state = described(self._empty())
+        whole = named((None, None, None), (1, tokens, width), loaded.mesh)
+
+        def features_of(frames: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((frames, tokens, width), dtype, sharding=whole)
+
+        def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        weights = loaded.weights
+        pixels = jnp.uint8
+        if programs is None:
+            programs = Programs(loaded.mesh)
+        family = functools.partial(Family, programs)
+        # Sizes: frames of a batch; frames of a medium, padded; pooled frames; tokens kept.
+        self._features = family(
+            "ViT",
+            features,
+            lambda size: (weights, jax.ShapeDtypeStruct((size, side, side, 3), pixels)),
+        )
+        self._carried = family(
+            "temporal encoder, in batches",
+            carried,
+            lambda size: (weights.encoder, features_of(size), numbers(size), state),
+        )
+        self._blank = family("empty frames", blank, lambda length: (length,))
+        self._put = family(
+            "joining batches",
+            put,
+            lambda length, size: (features_of(length), features_of(size), numbers()),
+        )
+        self._reduced = family(
+            "temporal encoder and reduction",
+            reduced,
+            lambda length, groups, keep: (
+                weights.encoder, features_of(length), numbers(length), numbers(length),
+                numbers(), numbers(), groups, keep,
+            ),
+        )  # fmt: skip
+
+    def ahead(self, frames: int, options: Options = AS_TRAINED) -> bool:
+        """Whether all programs for a medium are there; else those missing are compiled beside.
+
+        Args:
+          frames: that are encoded, at least one.
+        """
+        config = options.apply(self._loaded.config).model
+        sizes = self._sizes(frames)
+        length = self._length(sizes)
+        there = [self._blank.ahead(length)]
+        there.append(self._reduced.ahead(length, *self._reduction(frames, config, options)[1:]))
+        for size in dict.fromkeys(sizes):
+            there.append(self._features.ahead(size))
+            there.append(self._put.ahead(length, size))
+            if self._forward:
+                there.append(self._carried.ahead(size))
+        return all(there)
+
+    def kinds(self, most: int) -> list[int]:
+        """Numbers of frames up to `most` that together need every program, each another set."""
+        config, kinds = self._loaded.config.model, {}
+        for count in range(1, most + 1):
+            sizes = self._sizes(count)
+            reduction = self._reduction(count, config, AS_TRAINED)[1:]
+            kinds.setdefault((self._length(sizes), reduction, frozenset(sizes)), count)
+        return list(kinds.values())
+
+    def features(self, frames_FHWC: np.ndarray | jax.Array) -> jax.Array:
+        """Tokens of every frame alone, [F, N, D], before the temporal encoder."""
+        return self._features(len(frames_FHWC))(self._loaded.weights, frames_FHWC)
+
+    def _sizes(self, count: int) -> list[int]:
+        """Of the batches that so many frames make."""
+        sizes = [self._per_call] * (count // self._per_call)
+        left = count % self._per_call
+        while left > 0:
+            few = next(few for more, few in _LEFT_OVER if left > more)
+            sizes.append(min(self._per_call, few))
+            left -= sizes[-1]
+        return sizes
+
+    @staticmethod
+    def _length(sizes: list[int]) -> int:
+        """Frames to which a medium is padded: few lengths, whatever the batches were."""
+        return bucket(sum(sizes), 4)
+
+    @staticmethod
+    def _reduction(count: int, config: ModelConfig, options: Options) -> tuple[int, int, int]:
+        """Visual tokens of so many frames; the pooled frames and the tokens that have room."""
+        groups = int(config.reduction.frame_groups(count).max()) + 1
+        room = bucket(groups, 4)
+        keep = kept_tokens(room * config.group_tokens, config.group_tokens, options.keep_tokens)
+        return config.visual_tokens(count), room, keep
 
     def __call__(
         self, frames: np.ndarray | Iterable[np.ndarray], options: Options = AS_TRAINED
@@ -134,21 +240,22 @@ class Encoder:
         chunks = [frames] if isinstance(frames, np.ndarray) else frames
         if options.duplicate_threshold:
             chunks = DuplicateFilter(options.duplicate_threshold).filtered(chunks)
-        weights, dtype = self._loaded.weights, jnp.dtype(config.dtype)
+        weights = self._loaded.weights
         parts, count, state = [], 0, None
         with jax.set_mesh(self._loaded.mesh):
             if self._forward:
-                state = empty_state(config.temporal, config.decoder.width, 1, dtype)
+                state = self._empty()
             for batch, real in self._batches(chunks):
                 count += real
-                part = self._features(weights, batch)
+                part = self.features(batch)
                 if self._forward:
                     segments = _segments(real, len(batch))
-                    part, state = self._carried(weights.encoder, part, segments, state)
+                    carried = self._carried(len(batch))
+                    part, state = carried(weights.encoder, part, segments, state)
                 parts.append(part)
             if not count:
                 raise ValueError("no frame to encode")
-            return self._reduce(parts, count, config, options.keep_tokens)
+            return self.reduce(parts, count, config, options)
 
     def _batches(self, chunks: Iterable[np.ndarray]):
         """Batches of a fixed size, padded at the end with zeros; and how many are real of each."""
@@ -164,33 +271,39 @@ class Encoder:
                 return
             frames = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
             at = 0
-            while len(frames) - at >= self._per_call or (chunk is None and at < len(frames)):
-                left = len(frames) - at
-                size = self._per_call
-                if left < size:
-                    size = min(size, next(few for more, few in _LEFT_OVER if left > more))
+            for size in self._sizes(ready):
+                if size < self._per_call and chunk is not None:
+                    break  # more comes
                 batch = frames[at : at + size]
                 padding = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
                 yield (np.concatenate([batch, padding]) if len(padding) else batch), len(batch)
                 at += len(batch)
             waiting, ready = ([frames[at:]] if at < len(frames) else []), len(frames) - at
 
-    def _reduce(self, parts: list, count: int, config: ModelConfig, share: float) -> Visual:
+    def reduce(
+        self, parts: list[jax.Array], count: int, config: ModelConfig, options: Options = AS_TRAINED
+    ) -> Visual:
+        """What follows the features of all batches.
+
+        Args:
+          parts: [F, N, D] each, behind `features` and, where it runs forward, the temporal encoder;
+            they leave the list as they are used.
+          count: frames that are no padding.
+          config: with `options` applied.
+        """
         # Few lengths, and none that depends on how the frames were cut into batches.
-        length = bucket(sum(map(len, parts)), 4)
-        x_FND, first = jnp.zeros((length, *parts[0].shape[1:]), parts[0].dtype), 0
-        for i, part in enumerate(parts):
-            x_FND = self._put(x_FND, part, np.int32(first))
-            parts[i] = None  # lets its memory go
+        length, first = self._length([len(part) for part in parts]), 0
+        x_FND = self._blank(length)()
+        while parts:
+            part = parts.pop(0)
+            x_FND = self._put(length, len(part))(x_FND, part, np.int32(first))
             first += len(part)
         groups = np.full(length, -1, np.int32)
         groups[:count] = config.reduction.frame_groups(count)
-        room = bucket(int(groups.max()) + 1, 4)
-        real = config.visual_tokens(count)
-        quota = kept_tokens(real, config.group_tokens, share)
-        keep = kept_tokens(room * config.group_tokens, config.group_tokens, share)
-        tokens = self._reduced(
+        real, room, keep = self._reduction(count, config, options)
+        quota = kept_tokens(real, config.group_tokens, options.keep_tokens)
+        tokens = self._reduced(length, room, keep)(
             self._loaded.weights.encoder, x_FND, _segments(count, length), groups,
-            np.int32(real), np.int32(quota), groups=room, keep=keep,
+            np.int32(real), np.int32(quota),
         )  # fmt: skip
         return Visual(tokens, quota, count, count * config.frame_tokens)

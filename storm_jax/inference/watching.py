@@ -81,12 +81,13 @@ Event = Asked | Piece | Answered | Refused
 class _Answer:
     """The answer that is being made."""
 
-    slot: int
+    prompt: np.ndarray
     question: str
     seconds: float  # of stream time
     visual: Visual
     text: AnswerText
     began: float
+    slot: int | None = None  # None: its program is being compiled
     first: float = 0.0
     written: str = ""
     tokens: int = 0
@@ -158,14 +159,21 @@ class Asker:
         visual = self._stream.visual()
         media = [visual] if visual.count else []
         tokens = self._prompt(question, media)
+        answer = AnswerText(self._tokenizer, self._stop_strings)
+        now = _Answer(tokens, question, seconds, visual, answer, began)
         try:
-            slot = self._engine.admit(tokens, media, self._sampling)
+            self._admit(now)
         except ContextError as error:
             self._tell(TooLong(seconds, question, str(error), error.needed, error.available))
             return
         self._tell(Asked(seconds, question))
-        answer = AnswerText(self._tokenizer, self._stop_strings)
-        self._now = _Answer(slot, question, seconds, visual, answer, began)
+        self._now = now
+
+    def _admit(self, answer: _Answer) -> None:
+        """Prefills the question, unless its program must be compiled first."""
+        media = [answer.visual] if answer.visual.count else []
+        if self._engine.can_admit(len(answer.prompt), media):
+            answer.slot = self._engine.admit(answer.prompt, media, self._sampling)
 
     def _prompt(self, question: str, media: list[Visual]) -> np.ndarray:
         turns = (Turn("user", f"<video>\n{question}" if media else question),)
@@ -173,9 +181,14 @@ class Asker:
         return text.encode_prompt(self._tokenizer, self._template, turns, counts)
 
     def step(self) -> None:
-        """A few tokens of the answer, if one is being made."""
+        """A few tokens of the answer, if one is being made and no program is missing for it."""
         answer = self._now
         if answer is None:
+            return
+        if answer.slot is None:
+            self._engine.programs.wait(_IDLE)
+            self._admit(answer)
+        if answer.slot is None:
             return
         (progress,) = self._engine.step()
         piece = answer.text.push(progress.tokens)

@@ -76,6 +76,25 @@ class Metrics:
         self.cache_entries = Gauge(
             "storm_visual_cache_entries", "Media that are kept.", registry=registry
         )
+        self.compiles = Counter(
+            "storm_compiles", "Programs compiled, or found on disk.", registry=registry
+        )
+        self.compile_seconds = Counter(
+            "storm_compile_seconds", "Spent compiling, beside all else.", registry=registry
+        )
+        self.compile_waits = Counter(
+            "storm_compile_waits",
+            "Prompts and media that waited for a program.",
+            registry=registry,
+        )
+        self.compile_wait_seconds = Counter(
+            "storm_compile_wait_seconds", "For which they waited, added up.", registry=registry
+        )
+        self.compiling = Gauge(
+            "storm_requests_compiling",
+            "Prompts and media that wait for a program.",
+            registry=registry,
+        )
         registry.register(_DeviceMemory())
         ProcessCollector(registry=registry)
 

@@ -42,9 +42,11 @@ class Parked:
         """
         self._rows[slot] = tokens, tuple(media)
 
-    def take(self, tokens: np.ndarray, media: Sequence[Hashable]) -> Found | None:
-        """The row that holds the most of a prompt's beginning and nothing else; it is not parked
-        any more. None: there is none, or too much of the prompt is new."""
+    def find(self, tokens: np.ndarray, media: Sequence[Hashable]) -> Found | None:
+        """The row that holds the most of a prompt's beginning and nothing else.
+
+        None: there is none, or too much of the prompt is new.
+        """
         best = None
         for slot, (held, keys) in self._rows.items():
             n = len(held)
@@ -55,9 +57,11 @@ class Parked:
                 and (best is None or n > best.tokens)
             ):
                 best = Found(slot, n, len(keys))
-        if best is not None:
-            del self._rows[best.slot]
         return best
+
+    def take(self, slot: int) -> None:
+        """The row is not parked any more."""
+        del self._rows[slot]
 
     def oldest(self) -> int:
         """The row to give up; it is not parked any more."""

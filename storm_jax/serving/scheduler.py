@@ -1,8 +1,10 @@
 """Continuous batching: one thread owns the engine and keeps its slots busy.
 
 In each round the thread encodes at most one medium, admits at most one request into a free slot and
-then lets all running answers go on by a few tokens: nobody who is already answered waits for more
-than one medium and one prompt of others. Requests are admitted in the order of their arrival.
+then lets all running answers go on: by one token while further slots can be filled, else by a few.
+Nobody who is already answered waits for more than one medium and one prompt of others. Requests are
+admitted in the order of their arrival, except that one for which a program is missing waits beside
+until it is compiled, and lets others pass.
 
 A finished answer stays in its slot until the slot is needed: a request that goes on where it ended,
 as the next turn of a conversation does, has only what is new computed (`serving/parked.py`).
@@ -20,8 +22,9 @@ from typing import Literal
 
 import numpy as np
 
-from storm_jax.inference.engine import ContextError, Engine
+from storm_jax.inference.engine import STEPS, ContextError, Engine
 from storm_jax.inference.prefill import Visual
+from storm_jax.inference.programs import CompileError
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.text import AnswerText
 from storm_jax.serving.metrics import Metrics
@@ -72,6 +75,16 @@ class Generation:
     reused: int = field(default=0, init=False)
     text: AnswerText | None = field(default=None, init=False)
     answer: list[int] = field(default_factory=list, init=False)
+    compiling: float | None = field(default=None, init=False)  # since then, perf_counter
+
+
+@dataclass(eq=False)
+class _Medium:
+    """One medium to encode."""
+
+    frames: np.ndarray
+    future: "Future[Visual]"
+    compiling: float | None = None  # as in `Generation`
 
 
 class Scheduler:
@@ -80,9 +93,9 @@ class Scheduler:
     def __init__(self, engine: Engine, tokenizer, metrics: Metrics):
         """`tokenizer` is used on the scheduler's thread alone."""
         self._engine, self._tokenizer, self._metrics = engine, tokenizer, metrics
-        self._inbox: queue.SimpleQueue[Generation | tuple | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Generation | _Medium | None] = queue.SimpleQueue()
         self._waiting: deque[Generation] = deque()
-        self._media: deque[tuple[np.ndarray, Future[Visual]]] = deque()
+        self._media: deque[_Medium] = deque()
         self._running: dict[int, Generation] = {}
         self._parked = Parked()
         self._lock = threading.Lock()  # of the two below
@@ -90,6 +103,7 @@ class Scheduler:
         self.failure: BaseException | None = None
         self.slots = engine.free_slots
         metrics.slots.set(self.slots)
+        engine.programs.told = self._compiled
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -101,7 +115,7 @@ class Scheduler:
     def encode(self, frames: np.ndarray) -> "Future[Visual]":
         """Encodes one medium, uint8 [F, H, W, 3]; may be cancelled while it waits."""
         future: Future[Visual] = Future()
-        self._send((frames, future))
+        self._send(_Medium(frames, future))
         return future
 
     def submit(self, generation: Generation) -> None:
@@ -119,8 +133,15 @@ class Scheduler:
             self._closed = True
         self._inbox.put(None)
         self._thread.join()
+        self._engine.programs.give_up()
 
-    def _send(self, item: "Generation | tuple") -> None:
+    def _compiled(self, name: str, seconds: float) -> None:
+        """A program is ready, or has failed: whoever waits for it is looked at again."""
+        self._metrics.compiles.inc()
+        self._metrics.compile_seconds.inc(seconds)
+        self._inbox.put(None)
+
+    def _send(self, item: Generation | _Medium) -> None:
         with self._lock:
             if self._closed:
                 raise EngineFailed("the server is going down")
@@ -129,13 +150,16 @@ class Scheduler:
     # ------------------------------------------------------------------------------- the thread
 
     def _run(self) -> None:
+        acted = False
         try:
             while not self._closed:
-                self._receive()
+                self._receive(wait=not acted)
                 self._drop_cancelled()
-                self._encode_one()
-                self._admit_one()
-                self._step()
+                acted = self._encode_one()
+                if self._admit_one():
+                    acted = True
+                    self._step()  # its first token
+                acted = self._step() or acted
         except BaseException as error:
             _log.exception("the engine failed; every request is refused from now on")
             self.failure = error
@@ -145,15 +169,15 @@ class Scheduler:
         ended = EngineFailed("the engine failed" if self.failure else "the server is going down")
         for generation in (*self._running.values(), *self._waiting):
             generation.deliver(ended)
-        for _, future in self._media:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(ended)
+        for medium in self._media:
+            if medium.future.set_running_or_notify_cancel():
+                medium.future.set_exception(ended)
         self._metrics.running.set(0)
         self._metrics.waiting.set(0)
 
-    def _receive(self) -> None:
-        """Takes what has arrived; waits for it where there is nothing else to do."""
-        if not (self._running or self._waiting or self._media):
+    def _receive(self, wait: bool) -> None:
+        """Takes what has arrived; `wait` for it where there was nothing else to do."""
+        if wait:
             self._sort(self._inbox.get())
         self._receive_waiting()
 
@@ -164,55 +188,96 @@ class Scheduler:
             except queue.Empty:
                 return
 
-    def _sort(self, item: "Generation | tuple | None") -> None:
+    def _sort(self, item: Generation | _Medium | None) -> None:
         match item:
             case Generation():
                 self._waiting.append(item)
-            case (frames, future):
-                self._media.append((frames, future))
+            case _Medium():
+                self._media.append(item)
 
     def _drop_cancelled(self) -> None:
         for slot, generation in list(self._running.items()):
             if generation.cancelled:
                 self._release(slot)
         self._waiting = deque(g for g in self._waiting if not g.cancelled)
+        self._media = deque(m for m in self._media if not m.future.cancelled())
         self._metrics.waiting.set(len(self._waiting))
+        compiling = [x for x in (*self._waiting, *self._media) if x.compiling is not None]
+        self._metrics.compiling.set(len(compiling))
 
-    def _encode_one(self) -> None:
-        while self._media:
-            frames, future = self._media.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            began = time.perf_counter()
-            try:
-                visual = self._engine.encode(frames)
-                visual.tokens.block_until_ready()  # an error of the device is this medium's
-            except Exception as error:
-                _log.exception("encoding %s frames failed", len(frames))
-                future.set_exception(error)
-                return
-            self._metrics.encode_seconds.inc(time.perf_counter() - began)
-            self._metrics.frames.inc(len(frames))
-            future.set_result(visual)
-            return
+    def _has_program(self, item: Generation | _Medium, there: bool) -> bool:
+        """Takes note of how long something waits for a program."""
+        if not there:
+            item.compiling = item.compiling or time.perf_counter()
+        elif item.compiling is not None:
+            self._metrics.compile_waits.inc()
+            self._metrics.compile_wait_seconds.inc(time.perf_counter() - item.compiling)
+            item.compiling = None
+        return there
 
-    def _admit_one(self) -> None:
-        if not (self._waiting and self.free_slots):
-            return
-        generation = self._waiting.popleft()
+    def _next_medium(self) -> _Medium | None:
+        """The first one that can be encoded now."""
+        for medium in self._media:
+            if self._has_program(medium, self._engine.can_encode(len(medium.frames))):
+                return medium
+        return None
+
+    def _encode_one(self) -> bool:
+        """Whether there was one."""
+        medium = self._next_medium()
+        if medium is None:
+            return False
+        self._media.remove(medium)
+        frames, future = medium.frames, medium.future
+        if not future.set_running_or_notify_cancel():
+            return True
+        began = time.perf_counter()
+        try:
+            visual = self._engine.encode(frames)
+            visual.tokens.block_until_ready()  # an error of the device is this medium's
+        except Exception as error:
+            _log.exception("encoding %s frames failed", len(frames))
+            future.set_exception(error)
+            return True
+        self._metrics.encode_seconds.inc(time.perf_counter() - began)
+        self._metrics.frames.inc(len(frames))
+        future.set_result(visual)
+        return True
+
+    def _next(self) -> tuple[Generation, Found | None] | None:
+        """The first answer that can begin now, and the row that it goes on in."""
+        for generation in self._waiting:
+            tokens, media = generation.tokens, generation.media
+            found = self._parked.find(tokens, generation.keys)
+            if found is None:
+                there = self._engine.can_admit(len(tokens), media)
+            else:
+                new = len(tokens) - found.tokens
+                there = self._engine.can_extend(found.slot, new, media[found.media :])
+            if self._has_program(generation, there):
+                return generation, found
+        return None
+
+    def _admit_one(self) -> bool:
+        """Whether there was one, which may have been refused."""
+        chosen = self._next() if self.free_slots else None
+        if chosen is None:
+            return False
+        generation, found = chosen
+        self._waiting.remove(generation)
         tokens, media, sampling = generation.tokens, generation.media, generation.sampling
-        found = self._parked.take(tokens, generation.keys)
         try:
             if found is not None:
+                self._parked.take(found.slot)
                 self._go_on(found, generation)
                 slot = found.slot
             else:
                 if not self._engine.free_slots:
                     self._engine.release(self._parked.oldest())
                 slot = self._engine.admit(tokens, media, sampling)
-        except ContextError as error:
+        except (ContextError, CompileError) as error:
             generation.deliver(error)
-            return
+            return True
         except BaseException:
             self._waiting.appendleft(generation)  # is told with the others
             raise
@@ -224,6 +289,7 @@ class Scheduler:
         self._running[slot] = generation
         self._metrics.running.set(len(self._running))
         self._metrics.waiting.set(len(self._waiting))
+        return True
 
     def _go_on(self, found: Found, generation: Generation) -> None:
         new, media = generation.tokens[found.tokens :], generation.media[found.media :]
@@ -234,10 +300,13 @@ class Scheduler:
             raise
         generation.reused = found.tokens
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Lets the answers go on; whether there is one."""
         if not self._running:
-            return
-        for progress in self._engine.step(hurry=bool(self._waiting)):
+            return False
+        waits = self._next() is not None
+        fills = self.free_slots and (waits or self._next_medium() is not None)
+        for progress in self._engine.step(hurry=waits, most=1 if fills else STEPS):
             generation = self._running[progress.slot]
             text, finish = generation.text, progress.finish
             assert text is not None
@@ -253,6 +322,7 @@ class Scheduler:
                 self._release(progress.slot, park=bool(progress.finish))
             if new or progress.tokens or finish:
                 generation.deliver(Delta(new, len(progress.tokens), finish))
+        return True
 
     def _release(self, slot: int, park: bool = False) -> None:
         generation = self._running.pop(slot)

@@ -1,26 +1,22 @@
 """A server for a loaded model, put together and run."""
 
 import socket
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
-from storm_jax.data import text
-from storm_jax.data.conversation import Turn
 from storm_jax.inference.engine import Engine
 from storm_jax.inference.load import LoadedModel
-from storm_jax.inference.sampling import Sampling
-from storm_jax.serving import app, conversation
+from storm_jax.serving import app
 from storm_jax.serving.chat import Chat
 from storm_jax.serving.connections import PatientProtocol
 from storm_jax.serving.media import MediaReader
 from storm_jax.serving.metrics import Metrics
 from storm_jax.serving.remote import Remote
-from storm_jax.serving.scheduler import Generation, Scheduler
+from storm_jax.serving.scheduler import Scheduler
 from storm_jax.serving.settings import Settings
+from storm_jax.serving.warm_up import warm_up
 
 _BACKLOG = 512  # connections that wait to be taken
 
@@ -46,9 +42,8 @@ class Server:
         """
         self._settings, self._config, self._tokenizer = settings, loaded.config, tokenizer
         self.metrics = Metrics()
-        self.scheduler = Scheduler(
-            Engine(loaded, slots=slots, context=context), tokenizer, self.metrics
-        )
+        self._engine = Engine(loaded, slots=slots, context=context)
+        self.scheduler = Scheduler(self._engine, tokenizer, self.metrics)
         if remote is None and settings.allow_remote_media:
             remote = Remote(settings.max_media_bytes, settings.fetch_seconds)
         size = loaded.config.model.vit.image_size
@@ -59,37 +54,19 @@ class Server:
         self.app: FastAPI = app.build(settings, self.scheduler, chat, self.metrics)
         self._uvicorn: uvicorn.Server | None = None
 
-    def warm_up(self) -> None:
-        """Compiles what an image and the longest video need, and short prompts about them.
-
-        Raises:
-          ContextError: not even the longest video fits into the context.
-        """
-        side = self._config.model.vit.image_size
-        for frames in dict.fromkeys((1, self._settings.max_frames)):
-            black = np.zeros((frames, side, side, 3), np.uint8)
-            visual = self.scheduler.encode(black).result()
-            tokens = text.encode_prompt(
-                self._tokenizer,
-                self._config.data.chat_template,
-                [Turn("user", conversation.MEDIUM)],
-                [visual.count],
-                conversation.PLACEHOLDER,
-            )
-            ended = threading.Event()
-            errors: list[Exception] = []
-
-            def deliver(item, ended=ended, errors=errors) -> None:
-                if isinstance(item, Exception):
-                    errors.append(item)
-                if isinstance(item, Exception) or item.finish:
-                    ended.set()
-
-            sampling = Sampling(max_new_tokens=2)
-            self.scheduler.submit(Generation(tokens, (visual,), (frames,), sampling, (), deliver))
-            ended.wait()
-            if errors:
-                raise errors[0]
+    def warm_up(
+        self, frames: Sequence[int] | None, tell: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Compiles ahead, see `warm_up.warm_up`."""
+        warm_up(
+            self.scheduler,
+            self._engine,
+            self._tokenizer,
+            self._config,
+            frames,
+            self._settings.max_frames,
+            tell,
+        )
 
     def run(
         self,

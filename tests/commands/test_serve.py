@@ -107,7 +107,7 @@ def test_the_grace_ends(saved):
     os.environ.update(environment)
     try:
         server = Started(
-            f"--checkpoint={saved}", "--port=0", "--grace=1", "--nowarm-up", "--name=other"
+            f"--checkpoint={saved}", "--port=0", "--grace=1", "--warm-up=none", "--name=other"
         )
     finally:
         del os.environ["STORM_JAX_API_KEY"]

@@ -6,7 +6,10 @@ import time
 import jax
 import jax.numpy as jnp
 
+from storm_jax.config import MeshConfig
 from storm_jax.inference.compile_notice import CompileNotice
+from storm_jax.inference.programs import Family, Programs
+from storm_jax.parallel.mesh import make_mesh
 
 
 def program(n):
@@ -43,3 +46,22 @@ def test_what_is_short_is_counted_only(capfd):
     program(3)(jnp.ones((8, 8))).block_until_ready()
     assert notice.seconds == seconds  # no longer listening
     assert not capfd.readouterr().err
+
+
+def test_what_is_compiled_beside_counts_where_it_is_waited_for(capfd):
+    programs = Programs(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    arguments = (jax.ShapeDtypeStruct((64, 8), "float32"),)
+    first, second = (
+        Family(programs, name, program(30), lambda: arguments) for name in ("first", "second")
+    )
+    notice = CompileNotice(after=0.01)
+    first.ahead()
+    programs.wait()
+    assert notice.seconds == 0
+    assert "compiling long_to_compile for these sizes" in capfd.readouterr().err
+    second.ahead()
+    began = time.perf_counter()
+    second()
+    waited = time.perf_counter() - began
+    notice.close()
+    assert 0 < notice.seconds <= waited

@@ -19,12 +19,12 @@ ROOM = 160  # of a question: its template has 60 bytes
 class Watched:
     """A stream that is watched to its end; `events` with the frames that were in then."""
 
-    def __init__(self, frames, questions, *, drop=False, new_tokens=6, stop=()):
+    def __init__(self, frames, questions, *, drop=False, new_tokens=6, stop=(), prepare=None):
         model = loaded(temporal_pool=2)
         self.stream = Stream(model, budget=6 * 4, batch=2)
         self.events = []
         tokenizer = text.load_tokenizer("bytes")
-        asker = Asker(
+        self.asker = asker = Asker(
             model,
             self.stream,
             tokenizer,
@@ -38,6 +38,8 @@ class Watched:
             asker.warm_up()
         self.feed = Feed(frames, depth=8, drop=drop)
         self.watch = Watch(self.feed, self.stream, asker, questions)
+        if prepare is not None:
+            prepare(self)
         self.watch.run()
 
     def of(self, kind):
@@ -76,6 +78,31 @@ def test_a_camera_goes_on_while_it_is_asked():
     assert watched.stream.frames + watched.feed.dropped == 60
     # The answer is about the frames that were there when it began.
     assert [a.frames for a in watched.of(Answered)] == begun
+
+
+def test_a_camera_goes_on_while_a_program_is_compiled():
+    """The program of the question's length is ready only when further frames have been taken in."""
+    taken = []
+
+    def hold(watched):
+        programs = watched.asker._engine.programs
+        compile_, stream = programs._compile, watched.stream
+
+        def held(job):
+            before, deadline = stream.frames, time.monotonic() + 30
+            while stream.frames < before + 4 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            taken.append(stream.frames - before)
+            compile_(job)
+
+        programs._compile = held
+
+    questions = Questions([(2.0, "a")])
+    watched = Watched(at_seconds(60, pause=0.02), questions, drop=True, prepare=hold)
+    (answered,) = watched.of(Answered)
+    (begun,) = [n for n, event in watched.events if isinstance(event, Asked)]
+    assert answered.frames == begun and answered.tokens == 6
+    assert taken and taken[0] >= 4
 
 
 def test_questions_that_cannot_be_answered():

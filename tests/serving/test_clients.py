@@ -28,13 +28,13 @@ def served(loaded, tokenizer):
     """With short limits, and with two slots whose engine takes 30 ms for every few tokens."""
     settings = dataclasses.replace(SETTINGS, receive_seconds=0.6, request_seconds=5.0)
     with running(loaded, tokenizer, settings, Impatient, slots=2) as found:
-        found.server.warm_up()
+        found.server.warm_up((1, SETTINGS.max_frames))
         engine = found.server.scheduler._engine
         step = engine.step
 
-        def slowly(hurry):
+        def slowly(**how):
             time.sleep(0.03)
-            return step(hurry)
+            return step(**how)
 
         engine.step = slowly
         yield found

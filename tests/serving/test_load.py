@@ -29,7 +29,8 @@ def test_sixteen_clients(loaded, tokenizer, tmp_path):
             [
                 sys.executable, "benchmarks/serve_load.py", f"--url={found.url}",
                 f"--clients={CLIENTS}", f"--seconds={SECONDS}", "--baseline_seconds=3",
-                "--warm_up=10", "--tokens=40", "--fresh=3", f"--out={tmp_path / 'load.json'}",
+                "--warm_up=5", "--longest_warm_up=60", "--tokens=40", "--shortest=10",
+                "--fresh=3", f"--out={tmp_path / 'load.json'}",
             ],
             cwd=ROOT,
             capture_output=True,

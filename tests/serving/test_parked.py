@@ -26,20 +26,21 @@ def test_the_longest_beginning_is_found():
     parked.park(0, ids(1, 2), ())
     parked.park(1, ids(1, 2, 3), ())
     parked.park(2, ids(1, 2, 4), ())
-    assert parked.take(ids(1, 2, 3, 5), ()) == Found(1, 3, 0)
-    assert parked.take(ids(1, 2, 3, 5), ()) == Found(0, 2, 0)
-    assert parked.take(ids(1, 2, 3, 5), ()) is None
+    for found in (Found(1, 3, 0), Found(0, 2, 0)):
+        assert parked.find(ids(1, 2, 3, 5), ()) == found
+        parked.take(found.slot)
+    assert parked.find(ids(1, 2, 3, 5), ()) is None
     assert len(parked) == 1 and parked.oldest() == 2
 
 
 def test_what_is_not_reused():
     parked = Parked()
     parked.park(0, ids(-1, 2), ("video",))
-    assert parked.take(ids(-1, 2), ("video",)) is None  # nothing is new: no scores to go on from
-    assert parked.take(ids(-1, 2, 3), ("other",)) is None
-    assert parked.take(ids(-1, 3, 3), ("video",)) is None
-    assert parked.take(np.concatenate([ids(-1, 2), np.zeros(1025, np.int32)]), ("video",)) is None
-    assert parked.take(ids(-1, 2, -1, 3), ("video", "other")) == Found(0, 2, 1)
+    assert parked.find(ids(-1, 2), ("video",)) is None  # nothing is new: no scores to go on from
+    assert parked.find(ids(-1, 2, 3), ("other",)) is None
+    assert parked.find(ids(-1, 3, 3), ("video",)) is None
+    assert parked.find(np.concatenate([ids(-1, 2), np.zeros(1025, np.int32)]), ("video",)) is None
+    assert parked.find(ids(-1, 2, -1, 3), ("video", "other")) == Found(0, 2, 1)
 
 
 @pytest.fixture

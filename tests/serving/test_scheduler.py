@@ -13,6 +13,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx2")
 
 from storm_jax.inference.engine import ContextError, Engine
+from storm_jax.inference.programs import CompileError
 from storm_jax.inference.sampling import Sampling
 from storm_jax.serving.metrics import Metrics
 from storm_jax.serving.scheduler import Delta, EngineFailed, Generation, Scheduler
@@ -141,6 +142,102 @@ def test_cancelled(scheduler, engine):
     assert never.empty() and scheduler.free_slots == 2
 
 
+class Gate:
+    """Holds back the compiling of programs of one name until it is opened."""
+
+    def __init__(self, engine, name: str, monkeypatch):
+        self.begun, self._open = threading.Event(), threading.Event()
+        compile_ = engine.programs._compile
+
+        def held(job):
+            if job.name == name:
+                self.begun.set()
+                assert self._open.wait(60)
+            compile_(job)
+
+        monkeypatch.setattr(engine.programs, "_compile", held)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def value(scheduler, name: str) -> float:
+    lines = scheduler._metrics.page().decode().splitlines()
+    return float(next(line.split()[1] for line in lines if line.split()[0] == name))
+
+
+def test_others_go_on_while_a_prompt_waits_for_its_program(scheduler, engine, monkeypatch):
+    known, got = asked(scheduler, tokens=10, new=4)
+    ended(got)  # its program is there, and that of decoding
+    gate = Gate(engine, "prefill", monkeypatch)
+    runs, going = asked(scheduler, tokens=10, new=1500)
+    going.get(timeout=30)
+    _, new = asked(scheduler, tokens=700)
+    assert gate.begun.wait(30)
+    while not going.empty():
+        going.get()
+    more = [going.get(timeout=30) for _ in range(5)]
+    assert all(delta.tokens for delta in more)
+    # One whose program is there passes it, into the slot that is free.
+    assert ended(asked(scheduler, tokens=10, new=30)[1])[-1].finish == "length"
+    assert value(scheduler, "storm_requests_compiling") == 1 and new.empty()
+    assert value(scheduler, "storm_compile_waits_total") == 0
+    gate.open()
+    items = ended(new)
+    assert items[-1].finish == "length" and sum(item.tokens for item in items) == 20
+    assert value(scheduler, "storm_compile_waits_total") == 1
+    assert value(scheduler, "storm_compile_wait_seconds_total") > 0
+    scheduler.cancel(runs)
+    # Nothing else runs: the answer's program wakes the scheduler up.
+    assert ended(asked(scheduler, tokens=1200)[1])[-1].finish == "length"
+    assert scheduler.free_slots == 2
+
+
+def test_a_further_turn_waits_for_its_program(scheduler, engine, monkeypatch):
+    prompt = np.arange(10, dtype=np.int32)
+    first, got = submitted(scheduler, prompt, 9)
+    ended(got)
+    gate = Gate(engine, "prefill of what follows", monkeypatch)
+    turn = np.arange(300, dtype=np.int32)
+    held = np.concatenate([prompt, np.asarray(first.answer, np.int32)])
+    second, new = submitted(scheduler, np.concatenate([held, turn]), 9)
+    assert gate.begun.wait(30)
+    assert ended(asked(scheduler, tokens=10, new=30)[1])[-1].finish == "length"
+    assert new.empty()
+    gate.open()
+    assert ended(new)[-1].finish == "length" and second.reused == len(held)
+
+
+def test_media_wait_for_their_program(scheduler, engine, monkeypatch):
+    assert scheduler.encode(FRAMES).result(30).frames == 1
+    gate = Gate(engine, "temporal encoder and reduction", monkeypatch)
+    five = scheduler.encode(np.repeat(FRAMES, 5, axis=0))
+    assert gate.begun.wait(30)
+    assert scheduler.encode(FRAMES).result(30).frames == 1
+    assert ended(asked(scheduler)[1])[-1].finish == "length"
+    given_up = scheduler.encode(np.repeat(FRAMES, 5, axis=0))
+    assert given_up.cancel() and not five.done()
+    gate.open()
+    assert five.result(30).frames == 5
+
+
+def test_a_program_that_cannot_be_compiled(scheduler, engine, monkeypatch):
+    """The request is told; others, and the next one of its length, go on."""
+    compile_ = engine._fill._made
+
+    def failing(length):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(engine._fill, "_made", failing)
+    _, wrong = asked(scheduler, tokens=900)
+    (error,) = ended(wrong)
+    assert isinstance(error, CompileError) and "RESOURCE_EXHAUSTED" in str(error)
+    assert ended(asked(scheduler)[1])[-1].finish == "length"
+    monkeypatch.setattr(engine._fill, "_made", compile_)
+    assert ended(asked(scheduler, tokens=900)[1])[-1].finish == "length"
+    assert scheduler.failure is None and scheduler.free_slots == 2
+
+
 def test_an_engine_that_fails(scheduler, engine, monkeypatch):
     """Everybody is told, and nobody waits for ever."""
     working = threading.Event()
@@ -149,7 +246,7 @@ def test_an_engine_that_fails(scheduler, engine, monkeypatch):
     runs.get(timeout=30)
     _, waits = asked(scheduler)
 
-    def failing(hurry):
+    def failing(**_):
         working.set()
         raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
 
@@ -180,7 +277,7 @@ def test_a_server_whose_engine_failed(loaded, tokenizer, monkeypatch):
     with running(loaded, tokenizer, SETTINGS) as found:
         assert found.ask("x").status_code == 200
 
-        def failing(hurry):
+        def failing(**_):
             raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
 
         monkeypatch.setattr(found.server.scheduler._engine, "step", failing)
