@@ -33,6 +33,7 @@ from storm_kernels.selective_scan.pallas_tpu_operands import (
 )
 from storm_kernels.selective_scan.pallas_tpu_tiles import BLOCK, LANES, PITCH, TILES, Geometry
 
+
 def backward(
     operands: Operands, states: jax.Array, dy: jax.Array, dfinal: jax.Array, interpret
 ) -> Arrays:
