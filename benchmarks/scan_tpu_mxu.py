@@ -176,7 +176,6 @@ def count(generation: str, kind: str, *sizes) -> dict:
 CASES = {
     "C h, 16 states of 16 positions in a loop": ("row", 16, 16),
     "C h, 16 states of 8 positions": ("row", 8, 16),
-    "x B, 8 positions of 4 tiles": ("sublane", 8, 4, False),
     "x B, 32 positions of 2 tiles": ("sublane", 32, 2, False),
     "both, 8 positions of 4 tiles": ("sublane", 8, 4, True),
 }
