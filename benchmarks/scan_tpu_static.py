@@ -19,8 +19,7 @@ STATE = 16
 # A last block of 1024 channels that is not full has a second form of the loops in the backward:
 # the loops are counted with full ones, times are for the blocks that a size fills.
 COUNTED = {"batch": 1, "length": 1024, "channels": 7168, "state": STATE}
-# A v4 has one block of channels in a grid step, where the count of `scan_cost` does not apply.
-GENERATIONS = ("v5e", "v5p", "v6e")
+GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 SHAPES = ((1, 65536, 2304), (1, 32768, 7168))  # batch, length, channels
 
 

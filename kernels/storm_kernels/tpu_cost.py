@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 
+from storm_kernels.selective_scan.shapes import TPU_CUT, TPU_V4_CUT
+
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL")
 """The units of a bundle, as libtpu names them; FILL and SPILL are parts of VLOAD and VSTORE."""
 
@@ -288,7 +290,7 @@ def scan_kernel(kernels: list[Kernel], backward: bool) -> Kernel:
     return kernel
 
 
-SPANS = {"v4": 32, "v5e": 64, "v5p": 64, "v6e": 64}
+SPAN = 64
 """Positions of the scan's inner loops together, with up to 16 states."""
 
 
@@ -321,40 +323,44 @@ def scan_cost(kernel: Kernel, generation: str, state: int = 16) -> ScanCost:
     """Reads the cost of one of the scan's kernels off its loops.
 
     Args:
-        kernel: compiled with enough channels that a grid step has several blocks of 1024 (so that
-            the loop over them is one), and in one form: a multiple of 1024 channels and of 128
-            positions, no segment ids.
-        generation: a key of `SPANS`.
+        kernel: compiled with several blocks of 1024 channels and in one form: a multiple of 1024
+            channels and of 128 positions, no segment ids.
+        generation: a key of `CHIPS`.
         state: states of a channel, at most 16.
     """
-    per_step = SPANS[generation] * state
-    positions = SPANS[generation] * (1 if "backward" in kernel.name else 2)
-    # The recurrence has as many exponentials as there are states and positions: in its smallest
-    # loop half of the states at 16 positions, backward at 8.
-    least = (4 if "backward" in kernel.name else 8) * state
+    per_step = SPAN * state
+    cut = TPU_V4_CUT if generation == "v4" else TPU_CUT
+    held, unroll, time_block = cut.held, cut.unroll, cut.time_blocks[0]
+    if "backward" in kernel.name:
+        held, unroll, time_block = cut.back_held, cut.back_unroll, cut.time_blocks[1]
+    # The smallest loop of the recurrence has an exponential for every state and position; a v4
+    # fills two slots with one. A few may be taken over from one pass to the next.
+    least = 0.75 * min(held, state) * unroll * (2 if generation == "v4" else 1)
     hot = [loop for loop in kernel.innermost() if loop.slots["EUP"] >= least]
     around = [loop for loop in kernel.loops if all(inner.inside(loop) for inner in hot)]
-    if len(around) < 2:
-        raise ValueError(
-            f"{kernel.name} has one block of channels in a grid step: nothing to count"
-        )
     block, *outer = sorted(around, key=lambda loop: loop.bundles)
+    grid = outer[-1] if outer else block
     executed = kernel.executed(block)
+    overhead = kernel.executed(grid)["bundle"]
+    if outer:
+        overhead -= executed["bundle"] * _runs(kernel, block, grid)
+    else:
+        # One block of channels in a grid step, and no loop over blocks (backward on a v4): all
+        # that is not overhead is loops, and of the loops only sums over lanes are overhead.
+        loops = [loop for loop in kernel.within(grid) if not loop.slots["XLU"]]
+        counts = [(kernel.executed(loop), loop.trips or 1) for loop in loops]
+        executed = {unit: sum(count[unit] * trips for count, trips in counts) for unit in executed}
+        overhead -= executed["bundle"]
     recurrence = sum(
         kernel.executed(loop)["bundle"] * (loop.trips or 1)
         for loop in kernel.within(block)
         if loop in hot or any(inner.inside(loop) for inner in hot)
     )
-    grid = outer[-1]
-    overhead = kernel.executed(grid)["bundle"]
-    for loop in kernel.within(grid):  # what the blocks take themselves is not overhead
-        if block is loop or block.inside(loop):
-            overhead -= executed["bundle"] * _runs(kernel, block, grid)
     return ScanCost(
         kernel=kernel.name,
         bundles=executed["bundle"] / per_step,
         recurrence=recurrence / per_step,
-        overhead=overhead / (positions * state),
+        overhead=overhead / (time_block * state),
         slots={unit: executed[unit] / per_step for unit in UNITS},
         spills=block.slots["VSTORE:SPILL"],
     )

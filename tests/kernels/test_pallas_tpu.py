@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from storm_kernels.selective_scan import pallas_tpu, pallas_tpu_tiles, selective_scan
 from storm_kernels.selective_scan.checks import checked_call
 from storm_kernels.selective_scan.pallas_tpu import pallas_tpu_scan
+from storm_kernels.selective_scan.shapes import TPU_V4_CUT
 from tests.kernels import scan_suite
 from tests.kernels.scan_cases import QUICK_COMPILE, inputs
 from tests.kernels.scan_oracle import oracle
@@ -96,6 +97,17 @@ def test_unrolled_loops(reverse, monkeypatch):
     """The loops as they are compiled for a TPU, which interpreted ones otherwise are not."""
     monkeypatch.setattr(pallas_tpu_tiles, "INTERPRETED_UNROLL", 16)
     case = inputs(3, batch=1, length=70, channels=5, state=3, segments=True, initial_state=True)
+    scan_suite.compare(TPU, case, reverse=reverse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "reverse,unroll", [(False, 1), pytest.param(True, 16, marks=pytest.mark.exhaustive)]
+)
+def test_loops_cut_for_a_v4(reverse, unroll, monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "cut_for", lambda x: TPU_V4_CUT)
+    monkeypatch.setattr(pallas_tpu_tiles, "INTERPRETED_UNROLL", unroll)
+    case = inputs(4, batch=1, length=150, channels=1030, state=5, segments=True, initial_state=True)
     scan_suite.compare(TPU, case, reverse=reverse)
 
 

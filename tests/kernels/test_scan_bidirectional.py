@@ -1,6 +1,5 @@
 """`selective_scan_bidirectional` is two calls, values and gradients."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from storm_kernels.selective_scan import dispatch, selective_scan, selective_scan_bidirectional
+from storm_kernels.selective_scan import selective_scan, selective_scan_bidirectional
 from tests.kernels import scan_suite
 from tests.kernels.scan_cases import QUICK_COMPILE, inputs, swapped
 
@@ -75,23 +74,6 @@ def test_layout_dtype_and_options_for_one_direction_alone():
     assert all(y.dtype == jnp.bfloat16 for y in got[0])
     y = selective_scan_bidirectional(**case, segment_ids=ids, delta_softplus=True, **options)
     check(y, got[0])
-
-
-def test_an_implementation_that_takes_both_at_once_gets_both(monkeypatch):
-    pairs = []
-    plain = dispatch.load("xla")
-
-    def scan_pair(forward, backward):
-        pairs.append((forward.reverse, backward.reverse))
-        return plain.scan(forward), plain.scan(backward)
-
-    both = dataclasses.replace(plain, scan_pair=scan_pair)
-    monkeypatch.setattr(dispatch, "load", lambda name: both)
-    case, ids = paired()
-    got = quick(functools.partial(one_call, implementation="xla"))(case, ids)
-    assert pairs == [(False, True)]
-    monkeypatch.undo()
-    check(got, quick(functools.partial(two_calls, implementation="xla"))(case, ids))
 
 
 def test_a_wrong_argument_is_named_with_its_direction():

@@ -36,8 +36,8 @@ def selective_scan_bidirectional(
     """`selective_scan` forward and, with `reverse`, backward over the same positions.
 
     Equal to the two calls, values and gradients. Nothing is flipped: the backward direction reads
-    the positions from the last to the first where they lie. An implementation that can runs both
-    in one launch; the others run them one after the other.
+    the positions from the last to the first where they lie. The directions run one after the
+    other: docs/kernels.md says what one launch would save.
 
     Args:
         u, delta, A, B, C: as in `selective_scan`, each one array that both directions use or a
@@ -97,6 +97,4 @@ def _call(operands, reverse, softplus, layout, chunk_size, output_dtype) -> Scan
 
 def _run(forward: ScanCall, backward: ScanCall, implementation: str | None):
     chosen = [dispatch.implementation_for(call, implementation) for call in (forward, backward)]
-    if chosen[0].name == chosen[1].name and chosen[0].scan_pair is not None:
-        return chosen[0].scan_pair(forward, backward)
     return chosen[0].scan(forward), chosen[1].scan(backward)

@@ -27,7 +27,6 @@ class Implementation:
         name: one of `IMPLEMENTATIONS`.
         scan: y and the final state of a call.
         unsupported: why a call is not served and what to do instead, or None if it is.
-        scan_pair: two calls at once, the second in the other direction, or None: one by one.
         end_state: the final state of a call alone, or None: that of `scan`. Not differentiated.
         entry_gradient: of a call and the gradients of its y and final state, the gradient of its
             initial state alone, or None: that of `scan`'s backward. Not differentiated.
@@ -36,7 +35,6 @@ class Implementation:
     name: Name
     scan: Callable[[ScanCall], Result]
     unsupported: Callable[[ScanCall], str | None] = lambda call: None
-    scan_pair: Callable[[ScanCall, ScanCall], tuple[Result, Result]] | None = None
     end_state: Callable[[ScanCall], jax.Array] | None = None
     entry_gradient: Callable[[ScanCall, jax.Array, jax.Array], jax.Array] | None = None
 
@@ -94,7 +92,6 @@ def load(name: str) -> Implementation:
             name,
             triton_gpu.triton_gpu_scan,
             triton_gpu.unsupported,
-            scan_pair=getattr(triton_gpu, "triton_gpu_scan_pair", None),
             end_state=triton_gpu.end_state,
             entry_gradient=triton_gpu.entry_gradient,
         )

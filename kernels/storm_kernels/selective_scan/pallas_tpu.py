@@ -17,8 +17,9 @@ from storm_kernels.selective_scan.once import not_differentiable
 from storm_kernels.selective_scan.pallas_tpu_backward import backward
 from storm_kernels.selective_scan.pallas_tpu_forward import forward
 from storm_kernels.selective_scan.pallas_tpu_operands import Arrays, Operands
-from storm_kernels.selective_scan.pallas_tpu_tiles import has_small_vmem
+from storm_kernels.selective_scan.pallas_tpu_tiles import cut_for
 from storm_kernels.selective_scan.segments import segment_marks
+from storm_kernels.selective_scan.shapes import TpuCut
 
 _WEIGHTS = ("A", "D", "delta_bias")
 
@@ -31,11 +32,11 @@ class _Static:
     reverse: bool
     softplus: bool
     output_dtype: jnp.dtype
-    small_vmem: bool
+    cut: TpuCut
     interpret: object
 
     def operands(self, arrays: Arrays) -> Operands:
-        return Operands(arrays, self.channels, self.reverse, self.softplus, self.small_vmem)
+        return Operands(arrays, self.channels, self.reverse, self.softplus, self.cut)
 
 
 def unsupported(call: ScanCall) -> str | None:
@@ -93,7 +94,7 @@ def pallas_tpu_scan(call: ScanCall, *, interpret=None) -> tuple[jax.Array, jax.A
         reverse=call.reverse,
         softplus=call.delta_softplus,
         output_dtype=jnp.dtype(call.output_dtype),
-        small_vmem=has_small_vmem(call.u),
+        cut=cut_for(call.u),
         interpret=interpret,
     )
     arrays = Arrays(

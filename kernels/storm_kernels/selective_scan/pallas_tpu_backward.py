@@ -33,11 +33,6 @@ from storm_kernels.selective_scan.pallas_tpu_operands import (
 )
 from storm_kernels.selective_scan.pallas_tpu_tiles import BLOCK, LANES, PITCH, TILES, Geometry
 
-_TIME_BLOCK = 64
-_HELD = 8  # states whose gradients are in registers at once
-_UNROLL = 8  # positions of them
-_HELD_AGAIN = 6  # states in registers where they are computed again
-
 
 def backward(
     operands: Operands, states: jax.Array, dy: jax.Array, dfinal: jax.Array, interpret
@@ -66,7 +61,7 @@ def backward(
     if arrays.z is not None:
         streams["dz"] = arrays.z
     sizes = [x.dtype.itemsize for x in streams.values()]
-    geo = operands.geometry(2 * sum(sizes) + dy.dtype.itemsize, _TIME_BLOCK)
+    geo = operands.geometry(2 * sum(sizes) + dy.dtype.itemsize, operands.cut.time_blocks[1])
     specs = Specs(geo, time_reversed=not geo.reverse)
     inputs = operands.common_inputs(geo, specs)
     inputs["dy"] = (operands.stream(dy, geo), specs.stream())
@@ -254,10 +249,11 @@ def _before(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> Non
 
     def eight(t):
         valid = tiles.valid(r.mark_rows, t) if marks else None
-        for tile in range(TILES):
-            at = (pl.ds(t, TILES), pl.ds(tile * LANES, LANES))
 
-            def masked(value, tile=tile):
+        def one(tile):
+            at = (pl.ds(t, TILES), tiles.lanes_of(0, tile))
+
+            def masked(value):
                 return inside(value.astype(jnp.float32), tile, valid)
 
             dt = view.delta[at].astype(jnp.float32)
@@ -278,7 +274,9 @@ def _before(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> Non
             tiles.rows_from_natural(r.x_rows, t, tile, dt * masked(view.u[at]))
             tiles.rows_from_natural(r.dy_rows, t, tile, dy)
 
-    tiles.eights(geo, eight, unroll=4)
+        tiles.each_tile(geo.cut.back_tiles, one)
+
+    tiles.eights(geo, eight, unroll=min(4, geo.cut.eights))
 
 
 def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
@@ -291,21 +289,21 @@ def _recompute(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
             h = list(h)
             for _, index, t in steps:
                 dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
-                keep = tiles.keep(r.mark_rows, t) if marks else None
+                keep = tiles.keep(geo, r.mark_rows, t) if marks else None
                 for n in range(states):
                     at = tiles.column(geo, t, n0 + n)
                     before = h[n] if keep is None else jnp.where(keep, h[n], 0.0)
                     decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
-                    h[n] = decay * before + x * tiles.splat(r.B_rows, at)
+                    h[n] = decay * before + x * tiles.splat(geo, r.B_rows, at)
                     r.history[_register(geo, index + 1, n0 + n), :] = h[n]
             return h
 
         h = [tiles.row(r.h, n0 + n) for n in range(states)]
         for n in range(states):
             r.history[_register(geo, 0, n0 + n), :] = h[n]
-        tiles.carry_steps(geo, 0, geo.span, 32, some, h)
+        tiles.carry_steps(geo, 0, geo.span, geo.cut.again_unroll, some, h)
 
-    tiles.parts_of_states(geo, _HELD_AGAIN, part)
+    tiles.parts_of_states(geo, geo.cut.again_held, part)
 
 
 def _register(geo: Geometry, index, n):
@@ -315,7 +313,7 @@ def _register(geo: Geometry, index, n):
 
 def _stretch(geo: Geometry) -> int:
     """Positions whose products are in VMEM at once."""
-    return max(geo.span // 2, TILES)
+    return max(int(geo.span * geo.cut.stretch), TILES)
 
 
 def _reverse(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
@@ -328,7 +326,7 @@ def _reverse(geo: Geometry, r: SimpleNamespace, block, marks: bool) -> None:
         def part(n0, states: int, first_part: bool) -> None:
             _carry_back(geo, r, block, first, n0, states, first_part, marks)
 
-        tiles.parts_of_states(geo, _HELD, part)
+        tiles.parts_of_states(geo, geo.cut.back_held, part)
         _add_products(geo, r, block, first)
 
     tiles.loop(geo.span // stretch, some)
@@ -346,14 +344,14 @@ def _carry_back(
         for place, index, t in steps:
             dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
             dy = tiles.row(r.dy_rows, t)
-            keep = tiles.keep(r.mark_rows, t) if marks else None
+            keep = tiles.keep(geo, r.mark_rows, t) if marks else None
             totals = []
             for n in range(states):
                 at = tiles.column(geo, t, n0 + n)
                 part = place * geo.rows + (n0 + n)
                 before = r.history[_register(geo, index, n0 + n), :]
                 after = r.history[_register(geo, index + 1, n0 + n), :]
-                read = dy * tiles.splat(r.C_rows, at)
+                read = dy * tiles.splat(geo, r.C_rows, at)
                 total = g[n] + read
                 read *= after
                 tiles.set_row(r.dC_parts, part, read)
@@ -365,7 +363,7 @@ def _carry_back(
                     before = jnp.where(keep, before, 0.0)
                 through = (g[n] * exponent) * before
                 dA[n] = dA[n] + through
-                terms = (total * tiles.splat(r.B_rows, at), through, read)[: len(sums)]
+                terms = (total * tiles.splat(geo, r.B_rows, at), through, read)[: len(sums)]
                 totals = [a + b for a, b in zip(totals, terms, strict=True)] if n else terms
             for ref, total in zip(sums, totals, strict=True):
                 tiles.set_row(ref, t, total if first_part else total + tiles.row(ref, t))
@@ -373,7 +371,9 @@ def _carry_back(
 
     g = [tiles.row(r.g, base + n) for n in range(states)]
     dA = [tiles.row(r.dA_rows, base + n) for n in range(states)]
-    g, dA = tiles.carry_steps(geo, first, _stretch(geo), _UNROLL, some, (g, dA), against=True)
+    g, dA = tiles.carry_steps(
+        geo, first, _stretch(geo), geo.cut.back_unroll, some, (g, dA), against=True
+    )
     for n in range(states):
         tiles.set_row(r.g, base + n, g[n])
         tiles.set_row(r.dA_rows, base + n, dA[n])
@@ -410,11 +410,12 @@ def _after(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None
 
     def eight(t):
         valid = tiles.valid(r.mark_rows, t) if marks else None
-        for tile in range(TILES):
-            at = (pl.ds(t, TILES), pl.ds(tile * LANES, LANES))
+
+        def one(tile):
+            at = (pl.ds(t, TILES), tiles.lanes_of(0, tile))
             lanes = at[1]
 
-            def natural(rows, tile=tile):
+            def natural(rows):
                 return tiles.natural_from_rows(rows, t, tile)
 
             u = inside(view.u[at].astype(jnp.float32), tile, valid)
@@ -437,7 +438,9 @@ def _after(geo: Geometry, r, block, first, inside: _Inside, marks: bool) -> None
             view.du[at] = inside(du, tile, valid).astype(r.du.dtype)
             view.ddelta[at] = ddelta.astype(r.ddelta.dtype)
 
-    tiles.eights(geo, eight, unroll=2)
+        tiles.each_tile(geo.cut.back_tiles, one)
+
+    tiles.eights(geo, eight, unroll=min(2, geo.cut.eights))
 
 
 def _finish_sums(geo: Geometry, sums, out, where) -> None:

@@ -3,8 +3,8 @@
 A grid step holds T positions of `blocks` x 1024 channels of one batch row; time is the last and
 sequential grid axis and the state stays in VMEM between its steps. For each span of S positions
 B and C are broadcast to registers once. Then for each block of 1024 channels these loops run: dt
-and dt * u, elementwise in natural form; the recurrence, 8 states at a time with 16 positions
-unrolled; y, elementwise.
+and dt * u, elementwise in natural form; the recurrence, some states at a time and some positions
+unrolled (`shapes.TpuCut`); y, elementwise.
 """
 
 import functools
@@ -15,11 +15,7 @@ from jax.experimental import pallas as pl
 
 from storm_kernels.selective_scan import pallas_tpu_tiles as tiles
 from storm_kernels.selective_scan.pallas_tpu_operands import Operands, Outputs, Specs, launch
-from storm_kernels.selective_scan.pallas_tpu_tiles import LANES, TILES, Geometry
-
-_TIME_BLOCK = 128
-_UNROLL = 16
-_HELD = 8  # states that are in registers at once
+from storm_kernels.selective_scan.pallas_tpu_tiles import TILES, Geometry
 
 
 def forward(operands: Operands, output_dtype: jnp.dtype, keep_states: bool, interpret) -> tuple:
@@ -38,7 +34,7 @@ def forward(operands: Operands, output_dtype: jnp.dtype, keep_states: bool, inte
     arrays = operands.arrays
     streams = [x for x in (arrays.u, arrays.delta, arrays.z) if x is not None]
     stream_bytes = sum(x.dtype.itemsize for x in streams) + jnp.dtype(output_dtype).itemsize
-    geo = operands.geometry(stream_bytes, _TIME_BLOCK)
+    geo = operands.geometry(stream_bytes, operands.cut.time_blocks[0])
     specs = Specs(geo, time_reversed=geo.reverse)
     inputs = operands.common_inputs(geo, specs)
     inputs["initial"] = (operands.state_in(arrays.initial_state, geo), specs.state())
@@ -124,8 +120,9 @@ def _before(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> N
     def eight(t):
         positions = pl.ds(t, TILES)
         valid = tiles.valid(r.mark_rows, t) if careful else None
-        for tile in range(TILES):
-            lanes = pl.ds(tile * LANES, LANES)
+
+        def one(tile):
+            lanes = tiles.lanes_of(0, tile)
             dt = view.delta[positions, lanes].astype(jnp.float32)
             u = view.u[positions, lanes].astype(jnp.float32)
             if hasattr(r, "delta_bias"):
@@ -138,7 +135,9 @@ def _before(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> N
             tiles.rows_from_natural(r.dt_rows, t, tile, dt)
             tiles.rows_from_natural(r.x_rows, t, tile, dt * u)
 
-    tiles.eights(geo, eight, unroll=4)
+        tiles.each_tile(TILES, one)
+
+    tiles.eights(geo, eight, unroll=min(4, geo.cut.eights))
 
 
 def _recurrence(geo: Geometry, r: SimpleNamespace, block, careful: bool) -> None:
@@ -153,25 +152,27 @@ def _recurrence(geo: Geometry, r: SimpleNamespace, block, careful: bool) -> None
                 dt, x = tiles.row(r.dt_rows, t), tiles.row(r.x_rows, t)
                 if careful:
                     # A select and not a product: an infinite state must not leak.
-                    keep = tiles.keep(r.mark_rows, t)
+                    keep = tiles.keep(geo, r.mark_rows, t)
                     h = [jnp.where(keep, before, 0.0) for before in h]
                 y = None
                 for n in range(states):
                     at = tiles.column(geo, t, n0 + n)
                     decay = jnp.exp2(dt * tiles.row(r.A_rows, base + n))
-                    h[n] = decay * h[n] + x * tiles.splat(r.B_rows, at)
-                    term = h[n] * tiles.splat(r.C_rows, at)
-                    y = term if y is None else y + term
+                    # The order of operands is the compiler's of work: with the products the other
+                    # way round it spills a register on a v4.
+                    h[n] = x * tiles.splat(geo, r.B_rows, at) + h[n] * decay
+                    term = tiles.splat(geo, r.C_rows, at) * h[n]
+                    y = term if y is None else term + y
                 assert y is not None  # a part is never empty
                 tiles.set_row(r.y_rows, t, y if first else y + tiles.row(r.y_rows, t))
             return h
 
         h = [tiles.row(r.h, base + n) for n in range(states)]
-        h = tiles.carry_steps(geo, 0, geo.span, _UNROLL, some, h)
+        h = tiles.carry_steps(geo, 0, geo.span, geo.cut.unroll, some, h)
         for n in range(states):
             tiles.set_row(r.h, base + n, h[n])
 
-    tiles.parts_of_states(geo, _HELD, part)
+    tiles.parts_of_states(geo, geo.cut.held, part)
 
 
 def _after(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> None:
@@ -181,8 +182,9 @@ def _after(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> No
     def eight(t):
         positions = pl.ds(t, TILES)
         valid = tiles.valid(r.mark_rows, t) if careful else None
-        for tile in range(TILES):
-            lanes = pl.ds(tile * LANES, LANES)
+
+        def one(tile):
+            lanes = tiles.lanes_of(0, tile)
             y = tiles.natural_from_rows(r.y_rows, t, tile)
             if hasattr(r, "D"):
                 y += view.D[:, lanes] * view.u[positions, lanes].astype(jnp.float32)
@@ -192,4 +194,6 @@ def _after(geo: Geometry, r: SimpleNamespace, block, first, careful: bool) -> No
                 y = jnp.where(valid, y, 0.0)
             view.y[positions, lanes] = y.astype(r.y.dtype)
 
-    tiles.eights(geo, eight, unroll=8)
+        tiles.each_tile(TILES, one)
+
+    tiles.eights(geo, eight, unroll=min(8, geo.cut.eights))

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from storm_kernels.selective_scan import pallas_tpu_tiles as tiles
 from storm_kernels.selective_scan.pallas_tpu_tiles import LANES, TILES, Geometry
+from storm_kernels.selective_scan.shapes import TPU_CUT, TpuCut
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ class Operands:
     channels: int  # before padding
     reverse: bool
     softplus: bool
-    small_vmem: bool = False
+    cut: TpuCut = TPU_CUT
 
     @property
     def groups(self) -> int:
@@ -69,7 +70,7 @@ class Operands:
             batch=batch, length=length, channels=tiles.padded_channels(self.channels, self.groups),
             groups=self.groups, state=self.arrays.A.shape[-1], stream_bytes=stream_bytes,
             steps=steps, reverse=self.reverse, softplus=self.softplus, marked=True,
-            small_vmem=self.small_vmem,
+            cut=self.cut,
         )  # fmt: skip
         return dataclasses.replace(
             geo, marked=self.arrays.valid is not None or length % geo.steps != 0
@@ -253,7 +254,7 @@ def launch(
 
     def run(*arrays, interpret):
         unroll = tiles.INTERPRETED_UNROLL if interpret else geo.unroll
-        sizes = dataclasses.replace(geo, unroll=unroll)
+        sizes = dataclasses.replace(geo, unroll=unroll, interpreted=bool(interpret))
         return pl.pallas_call(
             lambda *refs: kernel(sizes, SimpleNamespace(**dict(zip(names, refs, strict=True)))),
             grid=(geo.batch, geo.groups * geo.supers, geo.time_blocks),

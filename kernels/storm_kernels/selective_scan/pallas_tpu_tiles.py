@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from storm_kernels.selective_scan.shapes import TPU_CUT, TPU_V4_CUT, TpuCut
+
 LANES = 128
 TILES = 8  # lane tiles in a block, as many as a register has sublanes
 BLOCK = LANES * TILES  # channels of one register in row form
@@ -36,8 +38,6 @@ TINY = 1e-18
 _SPAN = 64
 # Interpreted kernels are compiled by XLA for CPUs, which takes minutes over unrolled loops.
 INTERPRETED_UNROLL = 1
-_TIME_BLOCK = 128
-_STREAM_BYTES = 4 << 20  # VMEM for one buffer of all blocks that are streamed; there are two
 _SCOPED_VMEM = 16 << 20  # what every generation gives a kernel unasked
 
 
@@ -56,7 +56,9 @@ class Geometry:
         softplus: dt = softplus(delta + bias).
         marked: some positions are padding or restart the state, or the last time block is longer
             than what is left of the arrays.
+        cut: how the loops are cut.
         unroll: the most positions that a loop's body holds.
+        interpreted: the kernel is not compiled for a TPU.
     """
 
     batch: int
@@ -71,7 +73,9 @@ class Geometry:
     reverse: bool
     softplus: bool
     marked: bool
+    cut: TpuCut
     unroll: int = 32
+    interpreted: bool = False
 
     @property
     def width(self) -> int:
@@ -129,8 +133,8 @@ def padded_channels(channels: int, groups: int) -> int:
     return channels if groups == 1 else groups * pl.cdiv(channels // groups, BLOCK) * BLOCK
 
 
-def has_small_vmem(x: jax.Array) -> bool:
-    """Whether computation on x is for a TPU v4 or older: 16 MiB of VMEM instead of 64 or 128.
+def cut_for(x: jax.Array) -> TpuCut:
+    """How loops are cut for the TPU that computation on x is for.
 
     By the mesh in force or x's own, else by JAX's default device: as `platform_of`. So a program
     compiled ahead of time for a v4 needs a mesh.
@@ -141,18 +145,18 @@ def has_small_vmem(x: jax.Array) -> bool:
         if not mesh.empty and mesh.abstract_device is not None
     ]
     kinds = kinds or [jax.devices()[0].device_kind]
-    return kinds[0].startswith(("TPU v2", "TPU v3", "TPU v4"))
+    old = kinds[0].startswith(("TPU v2", "TPU v3", "TPU v4"))
+    return TPU_V4_CUT if old else TPU_CUT
 
 
-def span_of(state: int, length: int, small_vmem: bool) -> int:
+def span_of(state: int, length: int) -> int:
     """Positions between two saved states.
 
     64 with up to 16 states, so that the saved states of [65536, 2304] with 16 states take 151 MB
-    and the states of one span and one block of channels 4 MiB of VMEM; fewer with more states,
-    and half as many where VMEM is small.
+    and the states of one span and one block of channels 4 MiB of VMEM; fewer with more states.
     """
     rows = pl.cdiv(state, 16) * 16
-    span = max(8, min(_SPAN, 1024 // rows) // (2 if small_vmem else 1))
+    span = max(8, min(_SPAN, 1024 // rows))
     span = 1 << (span.bit_length() - 1)
     while span > 16 and span // 2 >= length:
         span //= 2
@@ -161,7 +165,7 @@ def span_of(state: int, length: int, small_vmem: bool) -> int:
 
 def geometry(
     *, batch: int, length: int, channels: int, groups: int, state: int, stream_bytes: int,
-    steps: int, reverse: bool, softplus: bool, marked: bool, small_vmem: bool = False,
+    steps: int, reverse: bool, softplus: bool, marked: bool, cut: TpuCut = TPU_CUT,
 ) -> Geometry:  # fmt: skip
     """Chooses the blocks of a launch.
 
@@ -169,16 +173,13 @@ def geometry(
         channels: of the arrays, padded by `padded_channels`.
         stream_bytes: bytes per position and channel of all streamed operands and results.
         steps: the longest time block wanted.
-        small_vmem: as `has_small_vmem` says.
+        cut: how the loops are cut.
     """
-    if small_vmem:
-        steps //= 2
-    span = span_of(state, length, small_vmem)
+    span = span_of(state, length)
     while steps > span and steps // 2 >= length:
         steps //= 2
     group_blocks = pl.cdiv(channels // groups, BLOCK)
-    budget = _STREAM_BYTES // (4 if small_vmem else 1)
-    most = max(1, budget // (stream_bytes * steps * BLOCK))
+    most = max(1, cut.stream_bytes // (stream_bytes * steps * BLOCK))
     if groups > 1:
         blocks = max(n for n in range(1, group_blocks + 1) if group_blocks % n == 0 and n <= most)
     else:
@@ -189,7 +190,7 @@ def geometry(
     return Geometry(
         batch=batch, length=max(length, steps), channels=channels, groups=groups, state=state,
         steps=max(steps, span), span=span, blocks=blocks, supers=pl.cdiv(group_blocks, blocks),
-        reverse=reverse, softplus=softplus, marked=marked,
+        reverse=reverse, softplus=softplus, marked=marked, cut=cut,
     )  # fmt: skip
 
 
@@ -304,6 +305,19 @@ def eights(geo: Geometry, body, unroll: int) -> None:
         loop(count // unroll, some)
 
 
+def each_tile(at_once: int, body) -> None:
+    """Runs body(tile) for the lane tiles of a block, `at_once` in the body of a loop."""
+
+    def some(index):
+        for offset in range(at_once):
+            body(index * at_once + offset)
+
+    if at_once == TILES:
+        some(0)
+    else:
+        loop(TILES // at_once, some)
+
+
 STREAMS = ("u", "delta", "z", "y", "dy", "du", "ddelta", "dz")
 VECTORS = ("D", "delta_bias", "dD", "ddelta_bias")
 
@@ -376,15 +390,19 @@ def carry_steps(
     return lax.fori_loop(0, count // unroll, group, carry)
 
 
-def lanes_of(block: jax.Array | int, tile: int):
+def lanes_of(block: jax.Array | int, tile: jax.Array | int):
     """The lanes of one lane tile of a block in an array in natural form."""
     start = block * BLOCK + tile * LANES
     return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), LANES)
 
 
-def splat(ref, index) -> jax.Array:
+def splat(geo: Geometry, ref, index) -> jax.Array:
     """One row of a reference on all 8 sublanes: a load with stride 0, no vector instruction."""
-    return jnp.broadcast_to(ref[pl.ds(value(index), 1), :], (TILES, LANES))
+    if geo.interpreted:
+        # Pallas' interpreters take a stride of 0 for 1.
+        return jnp.broadcast_to(ref[pl.ds(value(index), 1), :], (TILES, LANES))
+    # Said as a stride, because for a v4 a broadcast compiles to a load, a store and this load.
+    return ref[pl.ds(value(index), TILES, stride=0), :]
 
 
 def rows_from_natural(rows_ref, start, tile: int, register: jax.Array) -> None:
@@ -454,6 +472,6 @@ def valid(mark_rows, t) -> jax.Array:
     return mark_rows[pl.ds(t * pitch, TILES, stride=pitch), :] > 0
 
 
-def keep(mark_rows, t) -> jax.Array:
+def keep(geo: Geometry, mark_rows, t) -> jax.Array:
     """Whether the state before a position counts, in row form."""
-    return splat(mark_rows, t * columns_pitch(2) + 1) > 0
+    return splat(geo, mark_rows, t * columns_pitch(2) + 1) > 0

@@ -23,6 +23,46 @@ def default_chunk(platform: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class TpuCut:
+    """How the loops of the TPU kernels are cut so that a generation's registers and VMEM do.
+
+    Attributes:
+        held, unroll: states in registers at once in the forward, positions in its loop's body.
+        again_held, again_unroll: the same where the backward computes states again.
+        back_held, back_unroll: the same where it computes their gradients.
+        stretch: positions whose products of dB and dC are in VMEM at once, as a share of a span.
+        eights: the most eights of positions in the body of an elementwise loop.
+        back_tiles: registers of 8 positions at once in those of the backward; 8 is all of a block.
+        stream_bytes: VMEM for one buffer of all blocks that are streamed; there are two.
+        time_blocks: the longest of the forward and of the backward.
+    """
+
+    held: int
+    unroll: int
+    again_held: int
+    again_unroll: int
+    back_held: int
+    back_unroll: int
+    stretch: float
+    eights: int
+    back_tiles: int
+    stream_bytes: int
+    time_blocks: tuple[int, int]
+
+
+# By static counts (docs/kernels.md): the most that spills no register.
+TPU_CUT = TpuCut(
+    held=8, unroll=16, again_held=6, again_unroll=32, back_held=8, back_unroll=8, stretch=1 / 2,
+    eights=8, back_tiles=8, stream_bytes=4 << 20, time_blocks=(128, 64),
+)  # fmt: skip
+# Of a v4 and older: 32 vector registers instead of 64, and 16 MiB of VMEM instead of 64 or 128.
+TPU_V4_CUT = TpuCut(
+    held=4, unroll=16, again_held=4, again_unroll=16, back_held=2, back_unroll=8, stretch=1 / 4,
+    eights=1, back_tiles=2, stream_bytes=1 << 20, time_blocks=(64, 64),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class GpuSweep:
     """How the GPU kernels that walk through a sequence are cut (`gluon_forward`, `gluon_adjoint`).
 
