@@ -35,6 +35,9 @@ from storm_jax.frames import FrameConfig
 _STRETCH = 30.0
 # Seconds beyond its time limit after which a worker that hangs within one read is killed.
 _GRACE = 5.0
+# Media after which a process is replaced: whatever FFmpeg leaves behind goes with it. The memory of
+# one grew by some 5 to 15 KB a medium (docs/log.md), and a new one takes a quarter of a second.
+_MOST_MEDIA = 2000
 # What pipes to a dead process raise; ValueError: this side has closed them.
 _BROKEN = (EOFError, OSError, ValueError, pickle.UnpicklingError)
 
@@ -354,17 +357,19 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": path},
             )
-            self._ready = False
+            self._ready, self._opened = False, 0
             self._stdin = cast(IO[bytes], self._process.stdin)
             self._stdout = cast(IO[bytes], self._process.stdout)
 
     def open(self, frames: Frames) -> None:
         """Opens a medium; what was open before is closed."""
         self.serves = None
-        if self._process.poll() is not None:  # died meanwhile, which is not this medium's fault
+        # Where it died meanwhile, that is not this medium's fault.
+        if self._opened >= _MOST_MEDIA or self._process.poll() is not None:
             with self._lock:
                 self._end()
             self._start()
+        self._opened += 1
         asked = *frames.source, frames.max_pixels, frames.timeout
         self.clip = Clip(*self._ask(frames, "open", *asked))
         self.serves, self._position = frames, 0

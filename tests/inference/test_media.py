@@ -15,6 +15,7 @@ import pytest
 from storm_jax.data.conversation import Media
 from storm_jax.data.video import MediaError, sample
 from storm_jax.frames import FrameConfig
+from storm_jax.inference import media as media_module
 from storm_jax.inference.media import Decoders
 from tests.data.media_files import cut_edit_list, read_numbers, write
 from tests.data.test_video import COUNT, FILES
@@ -312,6 +313,7 @@ import sys, time
 import numpy as np
 from storm_jax.data.conversation import Media
 from storm_jax.frames import FrameConfig
+from storm_jax.inference import media as media_module
 from storm_jax.inference.media import Decoders
 
 marks = open(sys.argv[2], "a")
@@ -367,3 +369,18 @@ def test_worker_imports_neither_jax_nor_transformers():
 def test_arguments():
     with pytest.raises(ValueError, match="processes=-1 is negative"):
         Decoders(-1)
+
+
+def test_a_process_is_replaced_after_some_media(video, monkeypatch):
+    monkeypatch.setattr(media_module, "_MOST_MEDIA", 3)
+    media = Media("video", video)
+    expected, _ = sample(media, FrameConfig(5), SIZE)
+    processes = []
+    with Decoders(1) as pool:
+        for _ in range(7):
+            np.testing.assert_array_equal(
+                np.concatenate(list(pool.sample(media, FrameConfig(5), SIZE))), expected
+            )
+            processes += pool.process_ids
+    first, second, third = sorted(set(processes), key=processes.index)
+    assert processes == [first] * 3 + [second] * 3 + [third]
