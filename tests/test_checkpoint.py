@@ -1,8 +1,12 @@
 """Checkpoints: exact, laid out anew on another mesh, and clear about what does not fit."""
 
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +20,8 @@ from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.optim import make_optimizer, trainable_parts
 from storm_jax.training.state import abstract_state, init_state
 from tests.tiny import run_config
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def setup(config, devices: int, mesh: MeshConfig):
@@ -183,3 +189,47 @@ def test_layout_version_is_checked(saved, tmp_path, monkeypatch):
 def test_metadata_is_plain_json(saved):
     text = (saved[0] / "checkpoints" / "3" / "_CHECKPOINT_METADATA").read_text()
     assert json.loads(text)["custom_metadata"]["config"]["name"] == "debug_tiny"
+
+
+ONE_BY_ONE = """
+import pathlib, re, sys
+import numpy as np
+from storm_jax.checkpoint import save_parameters
+from storm_jax.interop.load import aligned
+from tests.tiny import run_config
+
+SIZE = 300_000_000
+
+def resident(name):
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", status)[1])
+
+def parameters(count):
+    for i in range(count):
+        value = aligned((100, SIZE // 400), np.dtype(np.float32))
+        value[...] = np.arange(i, i + value.shape[1], dtype=np.float32)
+        yield f"vit/{i}/weight", value
+        del value
+
+save_parameters(sys.argv[1] + "/small", [("vit/weight", np.ones(3, np.float32))], run_config())
+before = resident("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
+save_parameters(sys.argv[1] + "/large", parameters(4), run_config())
+print((resident("VmHWM") - before) / SIZE)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_parameters_come_and_go_one_by_one(tmp_path):
+    """Memory of a process that writes 4 of 300 MB: one of them."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE, str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.3
+    names = [f"vit/{i}/weight" for i in range(4)]
+    for i, value in enumerate(checkpoint.parameters(tmp_path / "large", names)):
+        assert value.shape == (100, 750_000) and value[7, 5] == i + 5 and value[-1, 0] == i
