@@ -12,13 +12,19 @@ pytest.importorskip("torch")
 import transformers  # noqa: E402
 
 
-def test_import_and_inspect(tmp_path):
+def saved_vit(folder):
+    """The ViT of configs/debug.py with random weights, saved by transformers; its configuration."""
     vit = debug.get_config().model.vit
     config = transformers.SiglipVisionConfig(
         image_size=vit.image_size, patch_size=vit.patch_size, hidden_size=vit.width,
         intermediate_size=vit.mlp, num_hidden_layers=vit.layers, num_attention_heads=vit.heads,
     )  # fmt: skip
-    transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "hf")
+    transformers.SiglipVisionModel(config).save_pretrained(folder)
+    return vit
+
+
+def test_import_and_inspect(tmp_path):
+    vit = saved_vit(tmp_path / "hf")
     given = ("import", "--config=configs/debug.py", f"--out={tmp_path / 'out'}")
     code, _, err = Command("convert", *given, f"--vit={tmp_path / 'hf'}").finish()
     assert code == 0, err
@@ -42,12 +48,7 @@ def get_config():
 
 def test_the_mesh_of_a_recipe_is_not_that_of_this_machine(tmp_path):
     """A shipped recipe for 256 chips, here with a model that is small; then it itself."""
-    vit = debug.get_config().model.vit
-    config = transformers.SiglipVisionConfig(
-        image_size=vit.image_size, patch_size=vit.patch_size, hidden_size=vit.width,
-        intermediate_size=vit.mlp, num_hidden_layers=vit.layers, num_attention_heads=vit.heads,
-    )  # fmt: skip
-    transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "hf")
+    vit = saved_vit(tmp_path / "hf")
     (tmp_path / "recipe.py").write_text(RECIPE)
     out = tmp_path / "out"
     given = ("import", f"--vit={tmp_path / 'hf'}", f"--out={out}")
