@@ -195,7 +195,8 @@ def save_parameters(
         del tree
         gc.collect()  # what Orbax makes of them refers to itself, and would keep them
 
-    saving = ocp.options.ArrayOptions.Saving(use_compression=False)
+    # (Files have no limit, else Orbax cuts parameters of more than 2 GB into chunks.)
+    saving = ocp.options.ArrayOptions.Saving(use_compression=False, ocdbt_target_data_file_size=0)
     try:
         with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
             for path, value in parameters:
