@@ -110,7 +110,7 @@ def test_milliseconds_name_their_device(core, tmp_path):
     page.write_text("<!-- begin run -->\n<!-- end run -->\n", encoding="utf-8")
     plots = ["--report", f"--out={tmp_path}", f"--latency={mixed}", f"--docs={page}"]
     assert evidence.main(plots) == evidence.DONE
-    assert "12 models of 5 seeds each, 3 on H100, 9 on H200;" in page.read_text(encoding="utf-8")
+    assert "15 models of 5 seeds each, 3 on H100, 12 on H200;" in page.read_text(encoding="utf-8")
     folder = tmp_path / "report"
     for table in ("table3", "table4", "table5", "table7"):
         title = (folder / f"{table}.md").read_text(encoding="utf-8").splitlines()[0]

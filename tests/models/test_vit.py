@@ -169,7 +169,10 @@ def test_micro_batches_and_remat_change_nothing(
     loss_and_gradient, all_at_once, frames_per_call, remat, calls
 ):
     out, grads = loss_and_gradient(frames_per_call, remat, calls)
-    np.testing.assert_allclose(out, all_at_once[0], atol=5e-6, rtol=0)
+    # Of other shapes, sums have another order, which depends on the machine: some 16 roundings of
+    # the largest value.
+    largest = np.abs(all_at_once[0]).max()
+    np.testing.assert_allclose(out, all_at_once[0], atol=2e-6 * largest, rtol=0)
 
     def close(ours, theirs):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1.0))
