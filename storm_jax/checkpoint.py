@@ -196,9 +196,11 @@ def save_parameters(
         gc.collect()  # what Orbax makes of them refers to itself, and would keep them
 
     # (Files have no limit, else Orbax cuts parameters of more than 2 GB into chunks.)
-    saving = ocp.options.ArrayOptions.Saving(use_compression=False, ocdbt_target_data_file_size=0)
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.array.saving.ocdbt_target_data_file_size = 0
     try:
-        with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+        with context:
             for path, value in parameters:
                 waiting[path] = _on_host(value) if isinstance(value, np.ndarray) else value
                 del value  # else it stays while the next one is made
@@ -322,11 +324,10 @@ def parameters(path: str | os.PathLike, names: Iterable[str]) -> Iterator[np.nda
 
 
 def _partial_loading(room: int | None = None) -> ocp.Context:
-    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    return ocp.Context(
-        pytree_options=ocp.options.PyTreeOptions(loading=loading),
-        memory_options=ocp.options.MemoryOptions(read_concurrent_bytes=room),
-    )
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    context.memory.read_concurrent_bytes = room
+    return context
 
 
 def _room_to_read(saved: Any, wanted: Params) -> int:

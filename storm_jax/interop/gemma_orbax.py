@@ -35,7 +35,6 @@ Layout = Literal["NESTED", "FLAT", "STACKED", "KAULDRON"]
 SKIPPED = re.compile(r"vision_encoder/|SigLiPFromPatches_0/|embedder/mm_")
 _STACKED = re.compile(r"stacked_layers/attention_type_(\d+)/(.*)")
 _LAYER = re.compile(r"layer_(\d+)/")
-_LOADING = ocp.options.PyTreeOptions.Loading(partial_load=True)
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,9 @@ class GemmaCheckpoint:
         shape = (len(stored.layers), *stored.shape) if stored.layers else stored.shape
         # It says what is wanted; its memory is not touched.
         wanted = nnx.traversals.unflatten_mapping({stored.keys: np.empty(shape, stored.dtype)})
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=_LOADING)):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             # Orbax's own type of trees does not admit a dict of arrays.
             # pyrefly: ignore[bad-argument-type]
             found: Any = ocp.load(str(self.folder.absolute()), wanted)
