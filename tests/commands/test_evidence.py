@@ -91,6 +91,7 @@ def test_latency_ratios_are_those_of_the_file(core):
 
 def test_milliseconds_name_their_device(core, tmp_path):
     """With one device the title does; with several every row, and no ratio is of two of them."""
+    pytest.importorskip("matplotlib")
     report = ["--report", "--noplots"]
     assert evidence.main([*report, f"--out={core}"]) == evidence.DONE
     table = (core / "report" / "table4.md").read_text(encoding="utf-8")
