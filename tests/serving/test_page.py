@@ -92,9 +92,9 @@ def test_the_answer_grows_and_can_be_stopped(page, served, monkeypatch):
     engine = served.server.scheduler._engine
     step = engine.step
 
-    def slowly(hurry):
+    def slowly(*arguments, **options):
         time.sleep(0.15)
-        return step(hurry)
+        return step(*arguments, **options)
 
     monkeypatch.setattr(engine, "step", slowly)
     page.goto(served.url)
