@@ -30,6 +30,7 @@ from storm_jax.checkpoint import CheckpointError
 from storm_jax.config import ConfigError, MeshConfig, RunConfig, from_mapping, to_json
 from storm_jax.config_arguments import spelled_out
 from storm_jax.data import text
+from storm_jax.disk import NotOnDiskError, on_disk
 from storm_jax.interop import architecture, check, gemma_orbax, load, names, settings, torch_export
 from storm_jax.interop.files import Weights, WeightsError, part_of, resolve
 from storm_jax.interop.processor_export import write_processor
@@ -316,6 +317,8 @@ def main(argv: list[str]) -> None:
         # Nothing else computes: no accelerator is needed, nor held for others.
         jax.config.update("jax_platforms", "cpu")
     try:
+        if _OUT.value is not None:
+            on_disk("--out", _OUT.value, "give a folder on a disk and copy it up afterwards")
         if command == "import" and not rest:
             config = None
             if _CONFIG.value is not None:
@@ -352,7 +355,9 @@ def main(argv: list[str]) -> None:
             print(inspect(rest[0]))
         else:
             raise app.UsageError(f"unknown command: {' '.join(argv[1:]) or 'none'}\n{__doc__}")
-    except (CheckpointError, ConfigError, WeightsError, text.TokenizerError) as error:
+    except (
+        CheckpointError, ConfigError, NotOnDiskError, WeightsError, text.TokenizerError,
+    ) as error:  # fmt: skip
         sys.exit(f"error: {error}")
 
 

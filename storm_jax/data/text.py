@@ -76,6 +76,16 @@ class Encoded:
 
 # ------------------------------------------------------------------------------------- tokenizers
 
+# Of a repository: what belongs to a tokenizer, and how its model is meant to generate.
+_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
+
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """Loads a tokenizer.
@@ -110,16 +120,6 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
             f' tokenizer_config.json), or "bytes". ({type(error).__name__}: {error})'
         ) from error
 
-
-# Of a repository: what belongs to a tokenizer, and how its model is meant to generate.
-_FILES = (
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-)
 
 BYTES_VOCAB = 264  # ids of the "bytes" tokenizer
 

@@ -45,7 +45,7 @@ class Programs:
     def __init__(self, mesh: jax.sharding.Mesh):
         self._mesh = mesh
         self._changed = threading.Condition()  # guards the three below
-        self._made: dict[tuple[str, Hashable], Future[jax.stages.Compiled]] = {}
+        self._made: dict[tuple[str, Hashable], _Job] = {}
         # One at a time: each is compiled by several threads of XLA's.
         self._todo: deque[_Job] = deque()
         self._busy = False  # a thread works on them
@@ -68,11 +68,7 @@ class Programs:
             began = time.perf_counter()
             concurrent.futures.wait([job.future])
             jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
-        try:
-            return job.future.result()
-        except Exception as error:
-            self._forget(job)
-            raise CompileError(f"{name} {key}: {error}") from error
+        return self._result(job)
 
     def ahead(self, name: str, key: Hashable, make: Make) -> bool:
         """Whether `get` would not wait; if it would, compiling begins beside.
@@ -93,6 +89,14 @@ class Programs:
         with self._changed:
             self._changed.wait_for(lambda: not self._busy, seconds)
 
+    def check(self) -> None:
+        """Raises CompileError where a program could not be compiled; nobody need have called it."""
+        with self._changed:
+            made = list(self._made.values())
+        for job in made:
+            if job.future.done():
+                self._result(job)
+
     def give_up(self) -> None:
         """What waits for its turn is not compiled; what is being compiled goes on to its end."""
         with self._changed:
@@ -106,12 +110,20 @@ class Programs:
         """A program, and whether the caller is the one to have it compiled."""
         with self._changed:
             missing = (name, key) not in self._made
-            future = self._made.setdefault((name, key), Future())
-        return _Job(name, key, future, make), missing
+            job = self._made.setdefault((name, key), _Job(name, key, Future(), make))
+        return job, missing
+
+    def _result(self, job: _Job) -> jax.stages.Compiled:
+        """Of a job, when it has ended; one that failed is forgotten, to be tried again."""
+        try:
+            return job.future.result()
+        except Exception as error:
+            self._forget(job)
+            raise CompileError(f"{job.name} {job.key}: {error}") from error
 
     def _forget(self, job: _Job) -> None:
         with self._changed:
-            if self._made.get((job.name, job.key)) is job.future:
+            if self._made.get((job.name, job.key)) is job:
                 del self._made[job.name, job.key]
 
     def _work(self) -> None:

@@ -15,7 +15,7 @@ from storm_jax.inference.sampling import Sampling
 from storm_jax.serving import conversation
 from storm_jax.serving.scheduler import Delta, Generation, Scheduler
 
-_SHORT_TURN = 64  # tokens of a further turn for which `named` frames are enough
+_SHORT_TURN = 64  # tokens of the longest further turn that is compiled for, but with "all"
 
 
 def frame_numbers(wanted: str, most: int) -> tuple[int, ...] | None:
@@ -94,6 +94,7 @@ def warm_up(
         tell(f"compiling for further turns of {length} tokens ({i + 1} of {len(turns)})")
         engine.can_go_on(length)
         engine.programs.wait()
+    engine.programs.check()
     if media:
         tell(f"{len(engine.programs)} programs after {time.perf_counter() - began:.1f} s")
 

@@ -33,6 +33,9 @@ def test_import_and_inspect(tmp_path):
     assert re.search(rf"vit/patch/weight +float32 +[\d,]+ {8 * 8 * 3}x{vit.width}\n", out)
     code, out, err = Command("convert", "inspect", str(tmp_path)).finish()
     assert code == 1 and err.strip().splitlines()[-1].startswith("error: no checkpoint at")
+    given = ("import", f"--storm={tmp_path / 'hf'}", "--out=gs://bucket/out")
+    code, _, err = Command("convert", *given).finish()
+    assert code == 1 and "error: --out=gs://bucket/out is not on a disk: give a folder" in err
 
 
 RECIPE = """

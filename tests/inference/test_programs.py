@@ -85,8 +85,13 @@ def test_a_program_that_fails(programs):
         family()
     with pytest.raises(CompileError):
         family()
+    assert not family.ahead()
+    programs.wait()
+    with pytest.raises(CompileError, match="one more .*RESOURCE_EXHAUSTED"):
+        programs.check()
     fails.clear()
     assert family()(jnp.int32(1)) == 2
+    programs.check()
 
 
 def test_what_is_given_up(programs):

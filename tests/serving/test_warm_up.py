@@ -12,6 +12,7 @@ from storm_jax.config import ConfigError
 from storm_jax.data.conversation import Turn
 from storm_jax.data.text import encode_prompt
 from storm_jax.inference.engine import Engine
+from storm_jax.inference.programs import CompileError
 from storm_jax.inference.sampling import Sampling
 from storm_jax.serving.metrics import Metrics
 from storm_jax.serving.scheduler import Scheduler
@@ -71,3 +72,21 @@ def test_nothing_is_compiled_any_more(loaded, tokenizer, frames):
         engine.programs.wait()
         known += 1
     assert len(engine.programs) == known
+
+
+def test_what_cannot_be_compiled_is_no_secret(loaded, tokenizer, monkeypatch):
+    """Not even where no prompt runs through the program."""
+    engine = Engine(loaded, slots=2, context=CONTEXT)
+    scheduler = Scheduler(engine, tokenizer, Metrics())
+
+    def fails(length):
+        raise ValueError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(
+        engine, "can_go_on", lambda n: engine.programs.ahead("extend", n, lambda: fails(n))
+    )
+    try:
+        with pytest.raises(CompileError, match="extend 32: RESOURCE_EXHAUSTED"):
+            warm_up(scheduler, engine, tokenizer, loaded.config, (1,), FRAMES, lambda line: None)
+    finally:
+        scheduler.close()
