@@ -1,11 +1,13 @@
-"""Times attention for heads of 72 channels, SigLIP-So400m's, by our kernel and by cuDNN.
+"""Times attention for heads of 72 channels, SigLIP-So400m's, by our kernels and by the others.
 
 Run `python benchmarks/vit_attention.py` on an NVIDIA GPU of compute capability 9.0 with the extra
 `cuda`. bfloat16, [64, N, 16, 72], every query sees every key; a time is that of 10 queued calls
-divided by their number: median, lowest and highest of 5 such, in milliseconds. "error" is the
-largest difference to float64 over what roundings to bfloat16 explain, in two of the heads; "late"
-are keys whose scores are far above those of the first hundred. Writes
-benchmarks/results/vit_attention.json.
+divided by their number: median, lowest and highest of 5 such, in milliseconds. The backward pass is
+timed alone, with all that it does outside of kernels. "error" is the largest difference to float64
+over what roundings to bfloat16 explain, in two of the heads; "late" are keys whose scores are far
+above those of the first hundred; "rms" are the root mean squares of the errors of the gradients of
+q, k and v over those of the gradients. Where the other is XLA, cuDNN computes no gradient of such a
+number of tokens. Writes benchmarks/results/vit_attention.json.
 """
 
 import functools
@@ -51,6 +53,27 @@ def error(result: jax.Array, arguments: list[jax.Array]) -> float:
     return float(np.max(found))
 
 
+def rms(gradients, arguments) -> list[float]:
+    """Relative errors of the gradients of q, k and v, in one head."""
+    q, k, v, dy, *got = (np.asarray(x[-1, :, -1], np.float64) for x in (*arguments, *gradients))
+    scores = q @ k.T * SCALE
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    of_scores = p * (dy @ v.T - np.sum(p @ v * dy, -1, keepdims=True)) * SCALE
+    wanted = of_scores @ k, of_scores.T @ q, p.T @ dy
+    return [
+        float(np.sqrt(np.mean((x - want) ** 2) / np.mean(want**2)))
+        for x, want in zip(got, wanted, strict=True)
+    ]
+
+
+def backward(function, plain) -> dict:
+    dy = jax.random.normal(jax.random.key(1), plain[0].shape, jnp.bfloat16)
+    _, pull = jax.jit(lambda *args: jax.vjp(function, *args))(*plain)
+    call = jax.jit(lambda pull, dy: pull(dy))
+    return {"ms": timed(call, (pull, dy)), "rms": rms(call(pull, dy), [*plain, dy])}
+
+
 def timed(function, arguments) -> dict[str, float]:
     jax.block_until_ready(function(*arguments))
     times = []
@@ -83,7 +106,14 @@ def main() -> None:
             }
             for name, function in functions.items()
         }
-        print(N, json.dumps(result[str(N)]), flush=True)
+        other = functions["cudnn"]
+        if N % 2:
+            other = functools.partial(jax.nn.dot_product_attention, scale=SCALE)
+        result[f"{N}, backward"] = {
+            "kernel": backward(functions["kernel"], plain),
+            "xla" if N % 2 else "cudnn": backward(other, plain),
+        }
+        print(N, json.dumps(result[str(N)]), json.dumps(result[f"{N}, backward"]), flush=True)
     (HERE / "results" / "vit_attention.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -8,7 +8,6 @@ where it does not consider its own Triton products (`compiler_options`).
 Axis letters: B frames, N patches, D width, H heads, C head dim, M hidden units.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -21,8 +20,6 @@ from storm_jax.models.layers import standardise
 from storm_jax.models.storm import Params
 from storm_jax.models.vit import Vit
 from storm_jax.parallel import sharding
-from storm_jax.parallel.heads import by_heads
-from storm_kernels import attention as kernel
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
@@ -109,16 +106,7 @@ def _layer(layer: VitLayer, x_BND: jax.Array, H: int, eps: float) -> jax.Array:
     h = standardise(x_BND, eps)
     products = h @ layer.query + layer.query_bias, h @ layer.key, h @ layer.value
     q, k, v = (sharding.reshape(y, B, N, H, D // H) for y in products)
-    h = _attention(q, k, v)
+    h = self_attention(q, k, v, causal=False, scale=q.shape[-1] ** -0.5)
     x_BND = x_BND + (sharding.reshape(h, B, N, D) @ layer.out + layer.out_bias)
     h = standardise(x_BND, eps) @ layer.up + layer.up_bias
     return x_BND + (jax.nn.gelu(h, approximate=True) @ layer.down + layer.down_bias)
-
-
-def _attention(q_BNHC: jax.Array, k_BNHC: jax.Array, v_BNHC: jax.Array) -> jax.Array:
-    """Attention of every frame with itself; our kernel where it serves, for it has no gradient."""
-    scale = q_BNHC.shape[-1] ** -0.5
-    if kernel.unsupported(q_BNHC) is not None:
-        return self_attention(q_BNHC, k_BNHC, v_BNHC, causal=False, scale=scale)
-    attend = functools.partial(kernel.attention, scale=scale)
-    return by_heads(attend, q_BNHC, k_BNHC, v_BNHC)

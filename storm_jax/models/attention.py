@@ -37,7 +37,8 @@ def self_attention(
       [B, S, H, C] in the dtype of q.
     """
     pattern = kernels.Pattern(causal=causal, window=window, scale=scale, softcap=softcap)
-    kernel = kernels.fused_for(q_BSHC, pattern) or kernels.xla_attention
+    fused = kernels.fused_for(q_BSHC, pattern, packed=segments_BS is not None)
+    kernel = fused or kernels.xla_attention
 
     def local(q, k, v, *segments):
         q, k, v = (checkpoint_name(x, kernels.OPERANDS) for x in (q, k, v))

@@ -1,5 +1,6 @@
 """What computes attention on one device: cuDNN on NVIDIA GPUs, splash on TPUs, XLA for the rest.
 
+On Hopper GPUs `storm_kernels.attention` serves the ViT's heads of 72 channels.
 cuDNN, through `jax.nn.dot_product_attention`, serves bfloat16 and float16 and head dims that are
 multiples of 8, and no soft cap. A row of one segment is causal; packed rows get a mask, which costs
 memory [B, S, S]. Splash, of JAX's Pallas operations, serves everything and takes segment ids. XLA
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from storm_kernels import attention as hopper
 from storm_kernels.selective_scan.platforms import platform_of
 
 # Names for remat policies (`config.SAVED_NAMES`).
@@ -40,11 +42,18 @@ class Pattern(NamedTuple):
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Pattern], jax.Array]
 
 
-def fused_for(q_BSHC: jax.Array, pattern: Pattern) -> Kernel | None:
-    """The fused kernel of the platform that this is traced for, or None: it has none for this."""
+def fused_for(q_BSHC: jax.Array, pattern: Pattern, packed: bool = False) -> Kernel | None:
+    """The fused kernel of the platform that this is traced for, or None: it has none for this.
+
+    Args:
+      packed: there are segments.
+    """
     platform = platform_of(q_BSHC)
     if platform == "tpu":
         return splash_attention
+    everything = not (pattern.causal or pattern.softcap or packed)
+    if everything and hopper.unsupported(q_BSHC) is None:
+        return hopper_attention
     if platform == "gpu" and cudnn_serves(q_BSHC, pattern.softcap):
         return cudnn_attention
     return None
@@ -102,6 +111,12 @@ def cudnn_attention(q_BSHC, k_BSKC, v_BSKC, segments_BS, pattern: Pattern) -> ja
     # Without the causal mask padding would be seen.
     call = call if pattern.causal else packed
     return _saved(call)(q_BSHC, k_BSKC, v_BSKC, segments_BS)
+
+
+def hopper_attention(q_BSHC, k_BSHC, v_BSHC, _, pattern: Pattern) -> jax.Array:
+    """Our own kernel for every query seeing every key of its row; there are no segments."""
+    attend = functools.partial(hopper.attention, scale=pattern.scale)
+    return _saved(attend)(q_BSHC, k_BSHC, v_BSHC)
 
 
 def _saved(f: Callable) -> Callable:

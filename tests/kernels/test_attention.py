@@ -1,4 +1,4 @@
-"""Attention for heads of 72 channels: the kernel's PTX in the emulator against float64."""
+"""Attention for heads of 72 channels: the kernels' PTX in the emulator against float64."""
 
 import functools
 import re
@@ -49,20 +49,94 @@ def check(q, k, v):
     assert (np.abs(got - want) <= bound).all(), np.max(np.abs(got - want) / bound)
 
 
+def gradients(q, k, v, dy):
+    return jax.vjp(functools.partial(package.attention, scale=SCALE), q, k, v)[1](dy)
+
+
+def reference_gradients(q, k, v, dy):
+    """Gradients in float64, and how far bfloat16 may be from each."""
+    q, k, v, dy = (x.astype(np.float64) for x in (q, k, v, dy))
+    scores = np.einsum("bqhc,bkhc->bhqk", q, k) * SCALE
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    y = np.einsum("bhqk,bkhc->bqhc", p, v)
+    t = np.einsum("bqhc,bkhc->bhqk", dy, v)
+    of_scores = p * (t - np.einsum("bqhc,bqhc->bhq", y, dy)[..., None])
+    # Half a unit in the last of 8 places: of each weight, of their sum, of the gradient of a score,
+    # which also has that of the rounded result in it, and of what comes out.
+    error = 2.0**-9 * 1.02
+    score_error = 2 * np.abs(of_scores)
+    score_error += p * np.einsum("bqhc,bqhc->bhq", np.abs(y), np.abs(dy))[..., None]
+    found = []
+    for weights, size, form, x in (
+        (of_scores * SCALE, score_error * SCALE, "bhqk,bkhc->bqhc", k),
+        (of_scores * SCALE, score_error * SCALE, "bhqk,bqhc->bkhc", q),
+        (p, 2 * p, "bhqk,bqhc->bkhc", dy),
+    ):
+        want = np.einsum(form, weights, x)
+        found.append((want, error * (np.einsum(form, size, np.abs(x)) + np.abs(want)) + 1e-6))
+    return found
+
+
+def check_gradients(q, k, v, dy):
+    got = gradients(*map(jnp.asarray, (q, k, v, dy)))
+    for name, x, (want, bound) in zip("qkv", got, reference_gradients(q, k, v, dy), strict=True):
+        x = np.asarray(x, np.float64)
+        assert (np.abs(x - want) <= bound).all(), (name, np.max(np.abs(x - want) / bound))
+
+
 # One tile of keys and several, whole ones and not; queries that do not fill a program.
+SHAPES = [
+    (1, 64, 2),
+    (2, 40, 1),
+    (1, 129, 1),
+    pytest.param(2, 256, 2, marks=pytest.mark.slow),
+    pytest.param(1, 320, 1, marks=pytest.mark.slow),
+    pytest.param(1, 729, 1, marks=pytest.mark.slow),
+    pytest.param(1, 1024, 1, marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize(
-    ("B", "N", "H"),
-    [
-        (1, 64, 2),
-        (2, 40, 1),
-        (1, 129, 1),
-        (2, 256, 2),
-        pytest.param(1, 320, 1, marks=pytest.mark.slow),
-        pytest.param(1, 729, 1, marks=pytest.mark.slow),
-        pytest.param(1, 1024, 1, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("B", "N", "H"), SHAPES)
+def test_gradients_against_float64(B, N, H):
+    q, k, v = operands(B, N, H)
+    check_gradients(q, k, v, operands(B, N, H, seed=1)[0])
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("height", [8, -8])
+def test_gradients_of_scores_far_from_zero(height):
+    """Exponentials of the scores themselves are not finite, or zero; N is no multiple of a tile."""
+    q, k, v = operands(1, 72, 1)
+    q[..., :10] = 16
+    k[..., :10] = height
+    scores = np.einsum("bqhc,bkhc->bhqk", *(x.astype(np.float64) for x in (q, k))) * SCALE
+    assert (np.sign(height) * scores).min() > 104
+    check_gradients(q, k, v, operands(1, 72, 1, seed=1)[0])
+
+
+@pytest.mark.usefixtures("emulated")
+def test_gradients_are_the_same_bits_from_run_to_run():
+    arguments = [*operands(1, 100, 1), operands(1, 100, 1, seed=1)[0]]
+    first, second = (gradients(*map(jnp.asarray, arguments)) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_gradient_of_a_gradient_is_refused():
+    q, k, v = map(jnp.asarray, operands(1, 40, 1))
+
+    def loss(q):
+        return jnp.sum(jnp.square(package.attention(q, k, v, scale=SCALE).astype(jnp.float32)))
+
+    with pytest.raises(NotImplementedError, match="once, in reverse.*jax.nn.dot_product_attention"):
+        jax.grad(lambda q: jnp.sum(jax.grad(loss)(q).astype(jnp.float32)))(q)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("B", "N", "H"), SHAPES)
 def test_against_float64(B, N, H):
     check(*operands(B, N, H))
 
@@ -97,31 +171,60 @@ def test_a_query_that_is_nan_spoils_no_other():
     assert (np.abs(got - want) <= bound)[:, others].all()
 
 
-def launch_of(B, N, H):
+def launches_of(B, N, H):
+    """Of the forward pass, of the gradients of keys and values, of that of queries."""
+
+    def loss(*args):
+        return jnp.sum(package.attention(*args, scale=SCALE).astype(jnp.float32))
+
     x = jax.ShapeDtypeStruct((B, N, H, C), jnp.bfloat16)
     with recorded_launches() as found, pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "platform_of", lambda x: "gpu")
         patch.setattr(gpu, "_device_unsupported", lambda: None)
-        jax.eval_shape(functools.partial(package.attention, scale=SCALE), x, x, x)
-    (launch,) = found
-    return launch
+        jax.eval_shape(jax.grad(loss, (0, 1, 2)), x, x, x)
+    return found
+
+
+def run_at_row(launch, row, arrays):
+    """Runs the first program of a row of the batch; `arrays` are that row, B being 1."""
+    code = launch.compiled()
+    ptx, changed = re.subn(r"%ctaid\.z", str(row), code.ptx)
+    assert changed
+    windows = [ptx_emulator.Window({row * x.nbytes: x}) for x in arrays]
+    ptx_emulator.run(ptx, (1, 1, 1), code.num_threads, windows, code.shared_bytes)
 
 
 def test_rows_of_the_batch_beyond_four_gigabytes():
     N, row = 512, 65535
-    code = launch_of(1, N, 1).compiled()
+    forward, keys, queries = launches_of(1, N, 1)
     q, k, v = operands(1, N, 1)
     out = np.full_like(q, np.nan)
-    place = row * N * C * 2
-    assert place > 2**32
-    ptx, changed = re.subn(r"%ctaid\.z", str(row), code.ptx)
-    assert changed
-    windows = [ptx_emulator.Window({place: x}) for x in (q, k, v, out)]
-    ptx_emulator.run(ptx, (1, 1, 1), code.num_threads, windows, code.shared_bytes)
+    lse = np.full((1, 1, N), np.nan, np.float32)
+    assert row * q.nbytes > 2**32
+    run_at_row(forward, row, (q, k, v, out, lse))
     want, bound = reference(q, k, v)
-    first = gpu._QUERIES
+    first = forward.constants["QUERIES"]
     assert (np.abs(out.astype(np.float64) - want) <= bound)[:, :first].all()
     assert np.isnan(out[:, first:].astype(np.float64)).all()
+
+    scores = np.einsum("bqhc,bkhc->bhqk", *(x.astype(np.float64) for x in (q, k))) * SCALE
+    sums = np.log(np.exp(scores).sum(-1))
+    # The weights that are added up are rounded.
+    np.testing.assert_allclose(lse[..., :first] * np.log(2), sums[..., :first], 0, 2.0**-9)
+    dy = operands(1, N, 1, seed=1)[0]
+    products = np.einsum("bqhc,bqhc->bqh", dy.astype(np.float64), want)
+    pads = [
+        np.asarray(gpu._in_three(jnp.asarray(x, jnp.float32)))
+        for x in (-sums.swapaxes(1, 2) / SCALE, -products)
+    ]
+    dq, dk, dv = (np.full_like(q, np.nan) for _ in range(3))
+    run_at_row(keys, row, (q, k, v, dy, *pads, dk, dv))
+    run_at_row(queries, row, (q, k, v, dy, *pads, dq))
+    wanted = reference_gradients(q, k, v, dy)
+    for got, (want, bound), launch in zip((dq, dk, dv), wanted, (queries, keys, keys), strict=True):
+        got, first = got.astype(np.float64), launch.constants["ROWS"]
+        assert (np.abs(got - want) <= bound)[:, :first].all()
+        assert np.isnan(got[:, first:]).all()
 
 
 # Triton 3.9.0 spills 16 bytes where the last tile is not whole, 3.6.0 none.
@@ -129,17 +232,24 @@ def test_rows_of_the_batch_beyond_four_gigabytes():
     ("N", "spilled"), [(1024, 0), pytest.param(729, 16, marks=pytest.mark.slow)]
 )
 def test_registers_and_products_that_overlap(N, spilled):
-    launch = launch_of(64, N, 16)
-    code = launch.compiled(90)
-    assert code.num_threads == 32 * gpu._WARPS
-    # Two programs on a multiprocessor.
-    assert 2 * code.registers * code.num_threads <= 65536
-    assert 2 * (code.shared_bytes + 1024) <= 228 * 1024
-    assert code.stack_bytes <= spilled and code.local_bytes == 0
-    # ptxas lets products run while other work is done: it waits where the source does, not after
-    # each product.
-    waits = len(re.findall(r"WARPGROUP\.DEPBAR", code.sass()))
-    assert waits == len(re.findall(r"wgmma\.wait_group", code.ptx))
+    for launch in launches_of(64, N, 16):
+        code = launch.compiled(90)
+        assert code.num_threads == 32 * launch.warps
+        # Two programs on a multiprocessor.
+        assert 2 * code.registers * code.num_threads <= 65536
+        assert 2 * (code.shared_bytes + 1024) <= 228 * 1024
+        assert code.stack_bytes <= spilled and code.local_bytes == 0
+        # ptxas lets products run while other work is done: it waits where the source does, not
+        # after each product.
+        waits = len(re.findall(r"WARPGROUP\.DEPBAR", code.sass()))
+        assert waits == len(re.findall(r"wgmma\.wait_group", code.ptx))
+
+
+def test_a_float32_in_three_bfloat16():
+    x = np.random.default_rng(0).standard_normal((1, 64, 2)).astype(np.float32) * 300
+    parts = np.asarray(gpu._in_three(jnp.asarray(x)), np.float64)
+    np.testing.assert_allclose(parts.sum(-1), x, 2.0**-24, 0)
+    assert not parts[..., 3:].any()
 
 
 def test_what_is_not_served(monkeypatch):
@@ -178,10 +288,3 @@ def test_errors():
         package.attention(q, q, q[:, :32], scale=SCALE)
     with pytest.raises(ValueError, match="scale is -1"):
         package.attention(q, q, q, scale=-1)
-
-
-@pytest.mark.usefixtures("emulated")
-def test_it_refuses_to_be_differentiated():
-    q = jnp.zeros((1, 64, 1, C), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="computes no gradient"):
-        jax.grad(lambda q: package.attention(q, q, q, scale=SCALE).astype(jnp.float32).sum())(q)

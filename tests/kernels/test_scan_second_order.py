@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from storm_kernels.selective_scan import selective_scan, xla_chunk
-from storm_kernels.selective_scan.once import not_differentiable
+from storm_kernels.selective_scan.call import differentiable_once
 from tests.kernels import scan_suite
 from tests.kernels.scan_cases import QUICK_COMPILE, inputs
 
@@ -61,7 +61,7 @@ def test_kernels_refuse_it(implementation):
         second_order(case, None, implementation=implementation)
 
 
-@not_differentiable("some_kernel")
+@differentiable_once("some_kernel")
 def launch(x, factor):
     return x**2 * factor, {"slope": 2 * x * factor}
 

@@ -111,3 +111,50 @@ def test_splash_equals_float64(pattern, rows):
         gradients(attend, q, k, v, dy), gradients(whole, q, k, v, dy), strict=True
     ):
         np.testing.assert_allclose(got, wanted, atol=5e-5, rtol=0)
+
+
+HEADS_OF_72 = jax.ShapeDtypeStruct((2, 64, 2, 72), jnp.bfloat16)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if calls were traced for a Hopper GPU."""
+    from storm_kernels.attention import gpu
+
+    monkeypatch.setattr(kernels, "platform_of", lambda x: "gpu")
+    monkeypatch.setattr(gpu, "platform_of", lambda x: "gpu")
+    monkeypatch.setattr(gpu, "_device_unsupported", lambda: None)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_our_kernel_serves_what_sees_everything():
+    whole = PATTERNS["whole"]
+    assert kernels.fused_for(HEADS_OF_72, whole) is kernels.hopper_attention
+    assert kernels.fused_for(HEADS_OF_72, whole, packed=True) is not kernels.hopper_attention
+    assert kernels.fused_for(HEADS_OF_72, PATTERNS["causal"]) is not kernels.hopper_attention
+    capped = whole._replace(softcap=2.0)
+    assert kernels.fused_for(HEADS_OF_72, capped) is not kernels.hopper_attention
+    other = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
+    assert kernels.fused_for(other, whole) is not kernels.hopper_attention
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("saved", "forward_runs"), [(("attention", "qkv"), 1), (("qkv",), 2)])
+def test_our_kernel_runs_again_only_if_its_result_is_not_kept(saved, forward_runs):
+    pytest.importorskip("triton")
+    from tests.kernels.gpu_emulation import recorded_launches
+
+    def layer(q, k, v):
+        q, k, v = (jax.ad_checkpoint.checkpoint_name(2 * x, kernels.OPERANDS) for x in (q, k, v))
+        return 3 * kernels.hopper_attention(q, k, v, None, PATTERNS["whole"])
+
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+    kept = jax.checkpoint(layer, policy=policy)
+
+    def loss(*args):
+        return jnp.sum(jnp.sin(kept(*args).astype(jnp.float32)))
+
+    with recorded_launches():
+        program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*[HEADS_OF_72] * 3)
+    # Two for the gradients.
+    assert str(program).count("pure_callback[") == forward_runs + 2

@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from storm_kernels.once import not_differentiable
 
 
 @functools.partial(
@@ -55,6 +58,15 @@ class ScanCall:
     @property
     def length(self) -> int:
         return self.B.shape[1]
+
+
+def differentiable_once(implementation: str) -> Callable[[Callable], Callable]:
+    """`not_differentiable` for the launches of a kernel of the scan."""
+    return not_differentiable(
+        f"selective_scan with implementation={implementation!r}",
+        "implementation='reference' (or 'xla'), which keeps every state, [length, batch, channels,"
+        " state],",
+    )
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

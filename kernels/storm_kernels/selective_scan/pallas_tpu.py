@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from storm_kernels.selective_scan.call import ScanCall, promote_varying
-from storm_kernels.selective_scan.once import not_differentiable
+from storm_kernels.selective_scan.call import ScanCall, differentiable_once, promote_varying
 from storm_kernels.selective_scan.pallas_tpu_backward import backward
 from storm_kernels.selective_scan.pallas_tpu_forward import forward
 from storm_kernels.selective_scan.pallas_tpu_operands import Arrays, Operands
@@ -139,14 +138,14 @@ def _scan(static: _Static, arrays: Arrays):
 
 def _scan_fwd(static, arrays):
     run = _batched(functools.partial(_forward, static, keep_states=True))
-    y, h, states = not_differentiable("pallas_tpu")(run)(arrays)
+    y, h, states = differentiable_once("pallas_tpu")(run)(arrays)
     return (y, h), (arrays, states)
 
 
 def _scan_bwd(static, residuals, cotangents):
     arrays, states = residuals
     run = _batched(functools.partial(_backward, static))
-    grads = not_differentiable("pallas_tpu")(run)(arrays, states, *cotangents)
+    grads = differentiable_once("pallas_tpu")(run)(arrays, states, *cotangents)
     weights = {}
     for name in _WEIGHTS:
         primal = getattr(arrays, name)

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from storm_kernels.selective_scan.call import ScanCall, promote_varying
-from storm_kernels.selective_scan.once import not_differentiable
+from storm_kernels.selective_scan.call import ScanCall, differentiable_once, promote_varying
 from storm_kernels.selective_scan.platforms import platform_of
 from storm_kernels.selective_scan.segments import segment_marks
 from storm_kernels.selective_scan.shapes import (
@@ -154,14 +153,14 @@ def _scan(static: _Static, arrays: _Arrays):
 
 def _scan_fwd(static, arrays):
     run = _batched(functools.partial(_forward, static, save=True))
-    y, h, saved = not_differentiable("triton_gpu")(run)(arrays)
+    y, h, saved = differentiable_once("triton_gpu")(run)(arrays)
     return (y, h), (arrays, saved)
 
 
 def _scan_bwd(static, residuals, cotangents):
     arrays, saved = residuals
     run = _batched(functools.partial(_backward, static))
-    grads = not_differentiable("triton_gpu")(run)(arrays, saved, *cotangents)
+    grads = differentiable_once("triton_gpu")(run)(arrays, saved, *cotangents)
     # The kernels return a weight's gradient for every batch row.
     summed = {
         name: jnp.sum(getattr(grads, name), axis=0).astype(getattr(arrays, name).dtype)

@@ -5,14 +5,15 @@ from collections.abc import Callable
 import jax
 
 
-def not_differentiable(implementation: str) -> Callable[[Callable], Callable]:
+def not_differentiable(call: str, remedy: str) -> Callable[[Callable], Callable]:
     """Decorates what a kernel's `custom_vjp` rules launch, with arrays as positional arguments.
 
     The first derivative never differentiates them. A second one, in either mode, would end in
     an error about a primitive that the caller has never heard of; here it names the remedy.
 
     Args:
-        implementation: the name that the message gives.
+        call: what the message says is differentiable once.
+      remedy: what it says to take for second derivatives.
 
     Raises:
         NotImplementedError: when the result is used and a derivative is taken through it.
@@ -24,10 +25,8 @@ def not_differentiable(implementation: str) -> Callable[[Callable], Callable]:
         @guarded.defjvp
         def refuse(primals, tangents):
             raise NotImplementedError(
-                f"selective_scan with implementation={implementation!r} is differentiable once, in"
-                " reverse mode: the gradient of its gradient is not. Take"
-                " implementation='reference' (or 'xla') for second derivatives; both keep every"
-                " state, [length, batch, channels, state]"
+                f"{call} is differentiable once, in reverse mode: the gradient of its gradient is"
+                f" not. Take {remedy} for second derivatives"
             )
 
         return guarded
