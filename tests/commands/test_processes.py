@@ -97,7 +97,7 @@ class Run:
         """SIGTERM to one process; returns the step that was saved."""
         self.send(signal.SIGTERM, process)
         assert self.finish() == exits.PREEMPTED, self.said()
-        assert f"process {process}: SIGTERM" in self.said()
+        assert f"process {process}: SIGTERM" in self.log.read_text(), self.said()
         return whole(self.workdir / "checkpoints")[-1]
 
     def said(self) -> str:
