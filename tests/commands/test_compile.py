@@ -18,6 +18,9 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
 
+# CI installs libtpu for the slow tests.
+on_tpu = (needs_libtpu, pytest.mark.slow)
+
 
 def run(*arguments, timeout=600, **variables):
     paths = (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""))
@@ -55,11 +58,11 @@ def test_a_step_that_fits(tmp_path):
         ((*TINY, "--topology=h100:2", "--config.mesh.tensor=3"), "devices, but there are 2"),
         ((*TINY, "--topology=h100:2", "--config.train.batch=3"), "multiple of 2"),
         ((*TINY, "--topology=v5e:2x2", "--slices=0"), "--slices=0 is below 1"),
-        pytest.param((*TINY, "--topology=v5p:3x3x3"), "v5p:4x4x4", marks=needs_libtpu),
+        pytest.param((*TINY, "--topology=v5p:3x3x3"), "v5p:4x4x4", marks=on_tpu),
         pytest.param(
             (*TINY, "--topology=v5e:2x2", "--slices=2"),
             "mesh.slices=2 does not divide mesh.data=1.*set mesh.data to a multiple",
-            marks=needs_libtpu,
+            marks=on_tpu,
         ),
     ],
 )
