@@ -18,6 +18,9 @@ from storm_jax.parallel import processes
 from storm_jax.training.health import Health, TrainingFailed
 from storm_jax.training.step import Metrics
 
+ROWS_DIFFER = "rows_differ"
+"""The metric of `parallel.same_rows`; it ends the run and is not written."""
+
 # Bad records are judged as a share once this many records have been read.
 _JUDGED_AFTER = 100
 
@@ -77,7 +80,10 @@ class Report:
             work.tokens, work.frames, training_flops(self._config.model, work, self._parts), waited
         )
         values = {name: float(x) for name, x in metrics.items() if x.ndim == 0}
-        wrong = self._health.check(step, values, np.asarray(metrics["grad_norms"]))
+        differ = int(values.pop(ROWS_DIFFER, 0))
+        wrong = _differ(step, differ) or self._health.check(
+            step, values, np.asarray(metrics["grad_norms"])
+        )
         if wrong is not None:
             records = "\n".join(processes.gathered(describe_rows(batch.info)))
             self.close()
@@ -94,6 +100,17 @@ class Report:
     def close(self) -> None:
         """Leaves the progress bar as it stands."""
         self._progress.close()
+
+
+def _differ(step: int, rows: int) -> str | None:
+    if not rows:
+        return None
+    return (
+        f"step {step}: {rows} row(s) are not the same on all the processes that hold them: a"
+        " record has failed on one of them alone, and stands in its bad_records-PROCESS.jsonl. Mend"
+        " the file there, or raise data.decode_timeout if it came too late; the same command goes"
+        " on from the newest checkpoint"
+    )
 
 
 def describe_rows(info: BatchInfo) -> str:

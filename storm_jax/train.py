@@ -31,7 +31,8 @@ from storm_jax.parallel import processes, sharding
 from storm_jax.parallel.checks import check_batch, check_divisible
 from storm_jax.parallel.identity import identity
 from storm_jax.parallel.mesh import make_mesh
-from storm_jax.reporting import BadRecords, RecordLog, Report
+from storm_jax.parallel.same_rows import SameRows
+from storm_jax.reporting import ROWS_DIFFER, BadRecords, RecordLog, Report
 from storm_jax.training import compile_cache, exits, memory
 from storm_jax.training.evaluate import Score, evaluate
 from storm_jax.training.goodput import Goodput
@@ -110,6 +111,8 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
     # ---------------------------------------------------------------------------------------- data
     layout = sharding.named(("batch",), (config.train.batch,), mesh)
     share = processes.share_of(layout, config.train.batch)
+    shares_rows = jax.process_count() > share.count
+    same_rows = SameRows(layout, config.train.batch) if shares_rows else None
     with processes.together(*MISTAKES, OSError):
         tokenizer = load_tokenizer(config.data.tokenizer)
         _check_vocabulary(config, vocabulary_needed(tokenizer, config.data.chat_template))
@@ -153,8 +156,10 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
         return {name: put(name, x) for name, x in arrays.items()}
 
     # ---------------------------------------------------------------------------------------- loop
-    train_step = jax.jit(make_train_step(model, optimizer, config.train), donate_argnums=0)
-    eval_step = jax.jit(make_eval_step(model))
+    train_step = processes.CompiledTogether(
+        jax.jit(make_train_step(model, optimizer, config.train), donate_argnums=0), "train step"
+    )
+    eval_step = processes.CompiledTogether(jax.jit(make_eval_step(model)), "evaluation step")
     writer = MetricWriter(folder.local, start_step)
     clock.resume(writer.kept, writer.last)
     writer.write(start_step, clock.row())
@@ -213,6 +218,9 @@ def train(config: RunConfig, workdir: str) -> dict[str, Score]:
             else:
                 clock.enter("step", f"step {step - 1} to finish on the devices")
             state, metrics = train_step(state, place(batch.arrays))
+            if same_rows is not None:
+                ids = [[sample.id for sample in row] for row in batch.info.rows]
+                metrics[ROWS_DIFFER] = same_rows.differing(ids)
             if step == first:
                 jax.block_until_ready(metrics)
                 _say(f"compiled and ran the first step in {time.perf_counter() - began:.1f} s")

@@ -4,11 +4,13 @@ import importlib.metadata
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import jax
+
 from storm_jax.aot import hlo
-from storm_jax.aot.collectives import collectives, table
+from storm_jax.aot.collectives import Collective, collectives, table
 from storm_jax.aot.memory import Memory, Whole, memory_of, whole_parameters
 from storm_jax.aot.program import Compiled, Step, compile_step, trace_step
-from storm_jax.aot.roofline import Roofline, roofline
+from storm_jax.aot.roofline import Roofline, exchange_bytes, roofline
 from storm_jax.aot.topology import Topology
 from storm_jax.aot.work import device_work
 from storm_jax.config import RunConfig
@@ -18,12 +20,19 @@ from storm_jax.models.storm import count_parameters
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind over the same mesh axes: executions and bytes received, a step."""
+    """Collectives of one kind over the same mesh axes in a step.
+
+    Attributes:
+      bytes: that a device receives, all together.
+      network_bytes: of these, what comes from other slices or hosts; the rest passes the links
+        inside a slice (ICI) or a host.
+    """
 
     axes: str
     kind: str
     executions: float
     bytes: float
+    network_bytes: float
 
 
 @dataclass(frozen=True)
@@ -147,13 +156,23 @@ def _count(
         hbm_bytes=own.hbm_bytes,
         silent_kernels=own.silent_kernels,
         unknown_loops=program.unknown_loops,
-        traffic=tuple(
-            Traffic(axes, kind, executions, received)
-            for (axes, kind), (executions, received) in table(found).items()
-        ),
+        traffic=_traffic(found, topology, step.mesh),
         roofline=times,
         binds=times.binds,
         speed=speed(times, work, model_flops, topology.chip.peak_flops),
+    )
+
+
+def _traffic(
+    found: list[Collective], topology: Topology, mesh: jax.sharding.Mesh
+) -> tuple[Traffic, ...]:
+    outside: dict[tuple[str, str], float] = {}
+    for c in found:
+        key = ("+".join(c.axes), c.kind)
+        outside[key] = outside.get(key, 0.0) + c.times * exchange_bytes(c, topology, mesh)[1]
+    return tuple(
+        Traffic(*key, executions, received, outside[key])
+        for key, (executions, received) in table(found).items()
     )
 
 

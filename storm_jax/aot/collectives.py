@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from storm_jax.aot.between_slices import transfer
 from storm_jax.aot.hlo import Computation, Instruction, Program
 from storm_jax.aot.replica_groups import replica_groups
+from storm_jax.config import ConfigError
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -22,7 +24,8 @@ class Collective:
         the compiler writes it as an all-reduce inside a fusion.
       axes: mesh axes along which its devices differ; empty: each device is alone.
       groups: int [groups, size], positions in the flattened mesh that exchange; for a permute
-        [pairs, 2], source and target.
+        [pairs, 2], source and target. Where slices have one program, those of the first slice
+        stand for all.
       operand_bytes: what one device puts in.
       times: executions a step.
       source: the JAX operation that it comes from, as far as the compiler says.
@@ -59,13 +62,23 @@ class Collective:
 
 
 def collectives(program: Program, mesh: jax.sharding.Mesh) -> list[Collective]:
-    """All collectives that `program`, compiled for `mesh`, executes."""
+    """All collectives that `program`, compiled for `mesh`, executes.
+
+    Args:
+      mesh: its outermost axis goes over TPU slices first, where there are several
+        (`storm_jax.parallel.mesh`).
+    """
     found: dict[str, Collective] = {}
+    # A program for several slices numbers the devices of its own, in the order of the mesh.
+    numbered = program.partitions or mesh.size
     for computation, instruction, times in program.executed():
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS or instruction.opcode.endswith("-done"):
-            continue
-        groups = _groups(kind, instruction, mesh.size)
+        if (sent := transfer(instruction)) is not None:
+            kind, groups = sent[0], _positions(sent[1], mesh)
+        else:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in KINDS or instruction.opcode.endswith("-done"):
+                continue
+            groups = _groups(kind, instruction, numbered)
         if kind == "all-reduce" and _scatters(program, computation):
             kind = "reduce-scatter"
         moved = sum(operand.bytes for operand in computation.operands(instruction))
@@ -122,6 +135,16 @@ def _groups(kind: str, instruction: Instruction, devices: int) -> np.ndarray:
         pairs = np.array(numbers, int).reshape(-1, 2)
         return pairs[pairs[:, 0] != pairs[:, 1]]
     return replica_groups(text, devices)
+
+
+def _positions(ids: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
+    places = {device.id: place for place, device in enumerate(mesh.devices.flat)}
+    try:
+        return np.vectorize(places.__getitem__, otypes=[int])(ids)
+    except KeyError as error:
+        raise ConfigError(
+            f"a transfer between slices names device {error}, not of the mesh"
+        ) from error
 
 
 def _axes(groups: np.ndarray, mesh: jax.sharding.Mesh) -> tuple[str, ...]:

@@ -114,6 +114,8 @@ class Program:
         others in `executions` are bodies of fusions.
       unknown_loops: sources of loops whose trip count could not be read, or depends on the data:
         their bodies count once.
+      partitions: devices that its collectives number, as far as the text says: of several TPU
+        slices those of one.
     """
 
     computations: dict[str, Computation]
@@ -121,6 +123,7 @@ class Program:
     executions: dict[str, float]
     top_level: frozenset[str]
     unknown_loops: tuple[str, ...]
+    partitions: int | None
 
     def executed(self):
         """(computation, instruction, times) of everything that runs."""
@@ -160,7 +163,15 @@ def parse(text: str) -> Program:
         executions[called] = executions.get(called, 0) + times
         if not fused:
             top_level.add(called)
-    return Program(computations, entry, executions, frozenset(top_level), tuple(unknown))
+    partitions = re.search(r"\bnum_partitions=(\d+)", text.split("\n", 1)[0])
+    return Program(
+        computations,
+        entry,
+        executions,
+        frozenset(top_level),
+        tuple(unknown),
+        int(partitions[1]) if partitions else None,
+    )
 
 
 # --------------------------------------------------------------------------------- reading lines

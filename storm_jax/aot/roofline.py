@@ -74,6 +74,29 @@ def exchange_seconds(
 ) -> tuple[float, float]:
     """Seconds of one execution (inside slices, between slices) by bandwidth alone.
 
+    Inside a slice a group uses the links of the torus axes along which it lies: two an axis where
+    that is a ring, else one. An all-to-all's data passes through several links, a quarter of the
+    longest ring (half of a line); a permute's as many as its pair is apart.
+    """
+    chip = topology.chip
+    inside, outside = exchange_bytes(collective, topology, mesh)
+    passed, links = 1.0, 1  # through how many links inside, and over how many at a time
+    if inside and not chip.is_gpu:
+        if collective.kind == "collective-permute":
+            passed = max(_distance(a, b, topology) for a, b in _members(collective, mesh))
+        else:
+            group = _members(collective, mesh)[0]
+            first = topology.slice_of(group[0])
+            links, longest = _links([d for d in group if topology.slice_of(d) == first], topology)
+            passed = longest if collective.kind == "all-to-all" else 1.0
+    return passed * inside / (links * chip.link_bandwidth), outside / chip.network_bandwidth
+
+
+def exchange_bytes(
+    collective: Collective, topology: Topology, mesh: jax.sharding.Mesh
+) -> tuple[float, float]:
+    """Bytes that a device receives at one execution (inside slices, between slices).
+
     A group over s slices with n devices in each moves, for an operand V of each device,
 
         all-gather      V (s - 1) between slices, then V s (n - 1) inside
@@ -82,40 +105,31 @@ def exchange_seconds(
         all-to-all      V (s - 1) / s between slices, V (n - 1) / (n s) inside
         permute         V, between slices if a pair is of two, inside otherwise
 
-    Inside a slice a group uses the links of the torus axes along which it lies: two an axis where
-    that is a ring, else one. An all-to-all's data passes through several links, a quarter of the
-    longest ring (half of a line); a permute's as many as its pair is apart.
+    The sum of both is `Collective.received_bytes`.
     """
-    chip, V = topology.chip, collective.operand_bytes
-    if not len(collective.groups):
+    V, members = collective.operand_bytes, _members(collective, mesh)
+    if not members:
         return 0.0, 0.0
-    devices = mesh.devices.reshape(-1)
     if collective.kind == "collective-permute":
-        pairs = [(devices[a], devices[b]) for a, b in collective.groups]
-        crosses = any(topology.slice_of(a) != topology.slice_of(b) for a, b in pairs)
-        if crosses:
-            return 0.0, V / chip.network_bandwidth
-        hops = 1 if chip.is_gpu else max(_distance(a, b, topology) for a, b in pairs)
-        return V * hops / chip.link_bandwidth, 0.0
-
-    group = [devices[index] for index in collective.groups[0]]
-    s = len({topology.slice_of(device) for device in group})
-    n = len(group) // s
-    first = topology.slice_of(group[0])
-    links, hops = _links([d for d in group if topology.slice_of(d) == first], topology)
-    inside, outside = {
+        crosses = any(topology.slice_of(a) != topology.slice_of(b) for a, b in members)
+        return (0.0, V) if crosses else (V, 0.0)
+    s = len({topology.slice_of(device) for device in members[0]})
+    n = len(members[0]) // s
+    return {
         "all-gather": (V * s * (n - 1), V * (s - 1)),
         "reduce-scatter": (V * (n - 1) / n, V / n * (s - 1) / s),
         "all-reduce": (2 * V * (n - 1) / n, 2 * V / n * (s - 1) / s),
-        "all-to-all": (hops * V * (n - 1) / (n * s), V * (s - 1) / s),
+        "all-to-all": (V * (n - 1) / (n * s), V * (s - 1) / s),
     }[collective.kind]
-    return inside / (links * chip.link_bandwidth), outside / chip.network_bandwidth
+
+
+def _members(collective: Collective, mesh: jax.sharding.Mesh) -> list[list]:
+    devices = mesh.devices.reshape(-1)
+    return [[devices[place] for place in group] for group in collective.groups]
 
 
 def _links(group: list, topology: Topology) -> tuple[int, float]:
     """Links into a device that a group of one slice can use, and links that data passes through."""
-    if topology.chip.is_gpu or len(group) == 1:
-        return 1, 1.0
     coords = np.array([device.coords[: len(topology.sizes)] for device in group])
     links, longest = 0, 1.0
     for axis, size in enumerate(topology.sizes):

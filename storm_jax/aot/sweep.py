@@ -31,7 +31,7 @@ def sweep(
     Returns:
       All outcomes: those that fit, fastest first, then by memory, then failures.
     """
-    meshes = mesh_variants(config, devices)
+    meshes = mesh_variants(config, devices, slices)
     if len(meshes) > limit:
         say(f"{len(meshes)} meshes, of which {limit} are tried (--sweep_limit)")
     first = try_all(config, meshes[:limit], topology, slices, workers, say)

@@ -1,6 +1,6 @@
 """A `Report` as the lines that the command prints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from storm_jax.aot.analyse import Counted, Report, Speed
@@ -20,7 +20,7 @@ def lines(report: Report) -> Iterator[str]:
     yield from _memory(report)
     if report.counted is not None:
         yield from _work(report, report.counted)
-        yield from _traffic(report.counted)
+        yield from _traffic(report, report.counted)
         yield from _speed(report.counted, report.counted.speed)
 
 
@@ -95,13 +95,24 @@ def _work(report: Report, counted: Counted) -> Iterator[str]:
         yield f"  counted once, its length is not in the program: {loop}"
 
 
-def _traffic(counted: Counted) -> Iterator[str]:
+def _traffic(report: Report, counted: Counted) -> Iterator[str]:
+    apart = report.slices > 1  # what the links inside carry, and what the network between does
+    heads = ("inside, GB", "between, GB") if apart else ("GB",)
     yield ""
-    yield "Received by a device in a step"
+    yield f"{'Received by a device in a step':<48}" + "".join(f"{head:>14}" for head in heads)
     if not counted.traffic:
         yield "  nothing: no collectives"
+    sums = [0.0, 0.0]
     for t in counted.traffic:
-        yield f"  {t.axes:<16}{t.kind:<20}{t.executions:>8.0f} x{t.bytes / 1e9:>12.3f} GB"
+        parts = (t.bytes - t.network_bytes, t.network_bytes) if apart else (t.bytes,)
+        sums = [total + part for total, part in zip(sums, parts, strict=False)]
+        yield f"  {t.axes:<16}{t.kind:<20}{t.executions:>8.0f} x" + _gigabytes(parts)
+    if apart:
+        yield f"  {'together':<46}" + _gigabytes(sums)
+
+
+def _gigabytes(parts: Sequence[float]) -> str:
+    return "".join(f"{part / 1e9:>14.3f}" for part in parts)
 
 
 def _speed(counted: Counted, speed: Speed) -> Iterator[str]:

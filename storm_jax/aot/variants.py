@@ -40,10 +40,13 @@ class Variant:
         return config
 
 
-def mesh_variants(config: RunConfig, devices: int, most: int = 16) -> list[Variant]:
+def mesh_variants(
+    config: RunConfig, devices: int, slices: int = 1, most: int = 16
+) -> list[Variant]:
     """Meshes of `devices` devices that divide the microbatch, those that split rows least first.
 
     Args:
+      slices: TPU slices, over which the data axis goes first.
       most: devices that share one row, along all of `SPLIT_AXES` together.
     """
     rows = config.train.batch // config.train.accumulation
@@ -51,7 +54,7 @@ def mesh_variants(config: RunConfig, devices: int, most: int = 16) -> list[Varia
     for sizes in _products(devices, len(AXES)):
         mesh = dict(zip(AXES, sizes, strict=True))
         shares, sharers = (_size(mesh, axes) for axes in (BATCH_AXES, SPLIT_AXES))
-        if rows % shares == 0 and sharers <= most:
+        if rows % shares == 0 and mesh["data"] % slices == 0 and sharers <= most:
             found.append((sharers, mesh["data"], mesh))
     found.sort(key=lambda item: (item[:2], tuple(item[2].values())))
     return [_mesh(mesh) for *_, mesh in found]

@@ -136,7 +136,7 @@ _NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "iota", "after-all", "partition-id", "replica-id", "copy-done", "async-start"),
     *("async-done", "opt-barrier", "domain", "all-gather-done", "all-reduce-done"),
-    *("collective-permute-done",),
+    *("collective-permute-done", "send-done", "recv-done"),
 }
 
 
@@ -152,6 +152,10 @@ def _traffic(program: Program, computation: Computation, instruction: Instructio
         return 2.0 * _hbm(instruction.shapes[:1])
     if opcode == "dynamic-update-slice":
         return 2.0 * _hbm(operands[1].shapes)
+    if opcode == "send":
+        return _hbm(operands[0].shapes)
+    if opcode == "recv":  # its result names what arrives, and a token
+        return _hbm(instruction.shapes[:1])
     if opcode == "copy-start":  # its result names source and target
         return _hbm(operands[0].shapes) + _hbm(instruction.shapes[:1])
     if opcode.endswith("-start"):

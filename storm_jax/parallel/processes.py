@@ -11,11 +11,12 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from storm_jax.config import ConfigError
 
@@ -26,6 +27,8 @@ COORDINATOR, COUNT, INDEX = "STORM_COORDINATOR", "STORM_PROCESSES", "STORM_PROCE
 EXPECTED_PROCESSES, EXPECTED_DEVICES = "STORM_EXPECT_PROCESSES", "STORM_EXPECT_DEVICES"
 # Seconds that a process which ends waits for the others to end too. They may be stuck.
 SHUTDOWN_TIMEOUT = 30
+# Seconds that a process waits for others to compile what it has compiled.
+COMPILE_TIMEOUT = 2 * 3600
 
 
 def start() -> None:
@@ -141,6 +144,35 @@ def together(*errors: type[Exception]) -> Iterator[None]:
                 raise ConfigError(f"on {_hosts([first], hosts)}: {texts[first]}")
     if failure is not None:
         raise failure
+
+
+class CompiledTogether:
+    """A jitted function whose first call runs on no process before all have compiled it.
+
+    After a restart a process may find the program in the cache that another has to compile: it
+    would be in the first collective long before, and collectives do not wait for minutes (gloo: 30
+    seconds).
+    """
+
+    def __init__(self, function: jax.stages.Wrapped, name: str):
+        """
+        Args:
+          function: of `jax.jit`, to be called with arguments of one kind.
+          name: of its own.
+        """
+        self._function, self._name = function, name
+        self._compiled = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self._compiled and jax.process_count() > 1:
+            self._function.lower(*arguments).compile()  # the call below finds it
+            multihost.sync_global_processes(
+                f"compiled {self._name}",
+                timeout=COMPILE_TIMEOUT,
+                processes=set(range(jax.process_count())),  # else it is a collective itself
+            )
+        self._compiled = True
+        return self._function(*arguments)
 
 
 def gathered(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from storm_jax.config import TrainConfig
 
 
 class TrainingFailed(RuntimeError):
-    """Loss or gradients are not finite, or the loss diverges."""
+    """Loss or gradients are not finite, the loss diverges, or processes loaded different rows."""
 
 
 class Health:

@@ -1,5 +1,7 @@
 """Collective bytes of small compiled programs against counts by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from storm_jax.aot import hlo
+from storm_jax.aot.between_slices import transfer
 from storm_jax.aot.collectives import collectives, table
 from storm_jax.aot.replica_groups import replica_groups
 from storm_jax.config import ConfigError
@@ -148,6 +151,61 @@ def test_one_that_goes_on_in_several_fusions_counts_once():
     assert only(collectives(hlo.parse(text), mesh(a=2))).received_bytes == V
     apart = text.replace(chain, "attributes={}")  # else equal channels say nothing
     assert len(collectives(hlo.parse(apart), mesh(a=2))) == 3
+
+
+def sending(target: str, kind: str = "ALL_REDUCE") -> hlo.Program:
+    """As libtpu writes it; `test_tpu_programs.py` has real ones."""
+    attributes = f'_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"'
+    text = """HloModule m, num_partitions=1
+
+ENTRY %main (x: f32[8,16]) -> token[] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[8,16]{1,0}, u32[], token[]) send(%x, %t), frontend_attributes={ATTRIBUTES}
+  ROOT %d = token[] send-done(%s), is_host_transfer=true
+}
+"""
+    return hlo.parse(text.replace("ATTRIBUTES", attributes))
+
+
+def sent(target: str, kind: str = "ALL_REDUCE") -> hlo.Instruction:
+    return sending(target, kind).computations["main"].instructions["s"]
+
+
+@pytest.mark.parametrize(
+    "target,ids",
+    [
+        ('"{1,2}x{0:1}"', [[100000, 200000], [100001, 200001]]),
+        ('"{1:3}x{4}"', [[100004, 200004, 300004]]),
+        ('"{2,4}x{0,2:3}"', [[200000, 400000], [200002, 400002], [200003, 400003]]),
+        ("{{100000,300000},{200001,400001}}", [[100000, 300000], [200001, 400001]]),
+        ("{{100000->200000},{200000->100000}}", [[100000, 200000], [200000, 100000]]),
+        ("{{100000,200000}}", [[100000, 200000]]),
+    ],
+)
+def test_devices_of_a_transfer_in_all_their_forms(target, ids):
+    kind, found = transfer(sent(target))
+    assert kind == "all-reduce" and found.tolist() == ids
+
+
+@pytest.mark.parametrize(
+    "target,kind",
+    [('"{1,2}x{0:1}"', "BROADCAST"), ('"everyone"', "ALL_REDUCE"), ("{}", "ALL_REDUCE")],
+)
+def test_an_unknown_form_of_a_transfer_is_an_error(target, kind):
+    with pytest.raises(ConfigError, match=r"(?s)form that is not known.*_xla_megascale_target"):
+        transfer(sent(target, kind))
+
+
+def test_a_transfer_to_a_device_that_the_mesh_has_not_is_an_error():
+    with pytest.raises(ConfigError, match="names device 100000"):
+        collectives(sending('"{1,2}x{0}"'), mesh(a=2))
+
+
+def test_what_is_sent_to_a_host_alone_is_no_collective():
+    alone = sent('"{1,2}x{0:1}"')
+    text = alone.text.replace("_xla_megascale_", "_xla_other_")
+    assert transfer(dataclasses.replace(alone, text=text)) is None
 
 
 def test_an_unknown_form_of_groups_is_an_error():

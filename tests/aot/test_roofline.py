@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from storm_jax.aot.analyse import speed
-from storm_jax.aot.collectives import Collective
-from storm_jax.aot.roofline import Roofline, exchange_seconds, roofline
+from storm_jax.aot.collectives import KINDS, Collective
+from storm_jax.aot.roofline import Roofline, exchange_bytes, exchange_seconds, roofline
 from storm_jax.aot.topology import describe
 from storm_jax.aot.work import DeviceWork
 from storm_jax.chips import CHIPS, chip_named, chip_of_kind
@@ -76,6 +76,17 @@ def test_slices_are_joined_by_the_network():
     assert outside == 2 * V / 8 / 2 / network
     assert seconds(pod, "all-gather", [(0, 8)]) == (0, V / network)
     assert seconds(pod, "collective-permute", [(0, 8)]) == (0, V / network)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("groups", [[range(16)], [(0, 8)], [range(8)], [(0, 1, 8, 9)]])
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_what_is_received_comes_from_inside_or_from_another_slice(kind, groups):
+    pod = describe("v5e:2x4", slices=2)
+    found = exchange(kind, groups)
+    inside, between = exchange_bytes(found, pod, in_order(pod))
+    assert inside + between == pytest.approx(found.received_bytes, rel=1e-12)
+    assert (between > 0) == (max(groups[0]) >= 8) and (inside > 0) == (1 in groups[0])
 
 
 def test_gpus_of_a_host_have_all_their_links():

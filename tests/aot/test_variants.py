@@ -36,6 +36,13 @@ def test_every_mesh_that_divides_once():
     assert shared == sorted(shared)
 
 
+def test_the_data_axis_of_every_mesh_goes_over_the_slices():
+    config = run_config(**{"train.batch": 8})
+    every = [sizes(variant) for variant in mesh_variants(config, 8)]
+    sliced = [sizes(variant) for variant in mesh_variants(config, 8, slices=4)]
+    assert sliced == [mesh for mesh in every if mesh["data"] in (4, 8)] != []
+
+
 def test_a_variant_changes_only_what_it_names():
     config = run_config()
     variant = Variant((("mesh.fsdp", 4), ("train.remat.vit.policy", "full")))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ TINY = ("--config=configs/debug.py",)
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
+
+# CI installs libtpu for the slow tests.
+on_tpu = (needs_libtpu, pytest.mark.slow)
 
 
 def run(*arguments, timeout=600, **variables):
@@ -53,13 +57,19 @@ def test_a_step_that_fits(tmp_path):
         ((*TINY, "--topology=v9:2x2"), "CHIP one of v4, v5e, v5p, v6e"),
         ((*TINY, "--topology=h100:2", "--config.mesh.tensor=3"), "devices, but there are 2"),
         ((*TINY, "--topology=h100:2", "--config.train.batch=3"), "multiple of 2"),
-        pytest.param((*TINY, "--topology=v5p:3x3x3"), "v5p:4x4x4", marks=needs_libtpu),
+        ((*TINY, "--topology=v5e:2x2", "--slices=0"), "--slices=0 is below 1"),
+        pytest.param((*TINY, "--topology=v5p:3x3x3"), "v5p:4x4x4", marks=on_tpu),
+        pytest.param(
+            (*TINY, "--topology=v5e:2x2", "--slices=2"),
+            "mesh.slices=2 does not divide mesh.data=1.*set mesh.data to a multiple",
+            marks=on_tpu,
+        ),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(arguments, message):
     done = run(*arguments)
     assert done.returncode == 1
-    assert message in done.stderr and "Traceback" not in done.stderr
+    assert re.search(message, done.stderr) and "Traceback" not in done.stderr
 
 
 @pytest.mark.exhaustive
@@ -88,6 +98,29 @@ def test_a_sweep_ranks_what_fits(tmp_path):
     assert len({json.dumps(r["remat"]) for r in fitting}) >= 4
     times = [sum(r["counted"]["speed"]["step_seconds"]) for r in fitting]
     assert times == sorted(times)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_two_slices(tmp_path):
+    """Gradients are all that crosses between slices, once, besides the numbers of the loss."""
+    file = tmp_path / "report.json"
+    place = ("--topology=v5e:2x4", "--slices=2", "--config.mesh.data=2", f"--json={file}")
+    done = run(*TINY, *place, "--config.train.batch=16", JAX_OPTIMIZATION_LEVEL="O0")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["slices"] == 2 and report["devices"] == 16
+    traffic = report["counted"]["traffic"]
+    crossing = [t for t in traffic if "data" in t["axes"].split("+")]
+    assert {t["kind"] for t in crossing} == {"all-reduce"}
+    assert all(t["network_bytes"] == 0 for t in traffic if t not in crossing)
+    # A sum over two receives as much as it puts in.
+    between = sum(t["network_bytes"] for t in crossing)
+    gradients = sum(report["memory"]["gradients"].values())
+    assert gradients < between < 2 * gradients  # small ones are padded to whole tiles
+    assert between == sum(t["bytes"] for t in crossing)  # nothing of these inside
+    assert report["counted"]["roofline"]["network"] == pytest.approx(between / (25e9 / 8))
+    assert "2 slices" in done.stdout and "between, GB" in done.stdout
 
 
 # A pod of each generation that the recipes name. With the least effort libtpu takes less than half

@@ -44,9 +44,6 @@ class Run:
             "train.eval_samples": 0,
             "train.checkpoint.every": EVERY,
             "train.log_records": True,
-            # All compile at a time: on CPUs process 0 alone finds what it compiled before, and
-            # waits no longer than 30 s for the others.
-            "train.compile_cache": False,
         }
         self.workdir, self.log = workdir, workdir.with_name(f"{workdir.name}.log")
         with self.log.open("w") as out:
@@ -65,6 +62,7 @@ class Run:
                     **without_shared_cache(),
                     "XLA_FLAGS": " ".join(QUICK),
                     "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+                    "JAX_DEBUG_LOG_MODULES": "jax._src.compiler",  # what the cache had
                 },
                 stdout=out,
                 stderr=out,
@@ -99,11 +97,19 @@ class Run:
         """SIGTERM to one process; returns the step that was saved."""
         self.send(signal.SIGTERM, process)
         assert self.finish() == exits.PREEMPTED, self.said()
-        assert f"process {process}: SIGTERM" in self.said()
+        assert f"process {process}: SIGTERM" in self.log.read_text(), self.said()
         return whole(self.workdir / "checkpoints")[-1]
 
     def said(self) -> str:
         return self.log.read_text()[-5000:]
+
+
+def process_said(log: str, number: int) -> str:
+    """The lines of one process: all but process 0 have a number in front."""
+    lines = log.splitlines()
+    if number:
+        return "\n".join(line for line in lines if line.startswith(f"[{number}] "))
+    return "\n".join(line for line in lines if not re.match(r"\[\d+\] ", line))
 
 
 def records(workdir: Path, batch: int) -> dict[int, list[list[str]]]:
@@ -138,21 +144,25 @@ def planned(workdir: Path) -> dict[int, list[list[str]]]:
 
 @pytest.fixture(scope="module")
 def killed(videos, tmp_path_factory):
-    """2 processes x 2 devices, one of which was killed: the workdir and the losses until then."""
+    """2 processes x 2 devices, one of which was killed: a copy of the workdir, and the losses until
+    then. Beside it lie `run`, the workdir itself, and the log, under the copy's name.
+    """
     workdir = tmp_path_factory.mktemp("killed") / "run"
     run = Run(videos, workdir, 2, 2)
     run.until_step(2 * EVERY + 2)
     run.send(signal.SIGKILL, 1)
     assert run.finish() not in (0, exits.PREEMPTED), run.said()
     assert whole(workdir / "checkpoints")
-    return workdir, losses(workdir)
+    left = workdir.with_name("left")
+    shutil.copytree(workdir, left)
+    shutil.copy(run.log, left.with_name("left.log"))
+    return left, losses(left)
 
 
 @pytest.fixture(scope="module")
-def same_again(killed, videos, tmp_path_factory):
+def same_again(killed, videos):
     """The same command again after the kill, stopped in order: workdir and losses."""
-    workdir = tmp_path_factory.mktemp("same") / "run"
-    shutil.copytree(killed[0], workdir)
+    workdir = killed[0].with_name("run")
     newest = whole(workdir / "checkpoints")[-1]
     run = Run(videos, workdir, 2, 2)
     run.until_step(LAST)
@@ -168,6 +178,23 @@ def test_the_same_number_of_processes_goes_on_exactly(killed, same_again):
     assert sorted(before) == repeated and {s: after[s] for s in before} == before
     batches = records(same_again[0], 8)
     assert {step: batches[step] for step in range(1, LAST + 1)} == planned(same_again[0])
+
+
+def test_a_restart_finds_what_was_compiled(killed, same_again):
+    """And goes on exactly, as the test above shows.
+
+    What JAX 0.10 keeps for a CPU names the process, and process 0 alone writes: the others compile
+    again, for which process 0 waits.
+    """
+    first, again = (
+        workdir.with_name(f"{workdir.name}.log").read_text() for workdir, _ in (killed, same_again)
+    )
+    hit = "Persistent compilation cache hit for 'jit_train_step'"
+    miss = "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'"
+    assert process_said(first, 0).count(miss) == 1 and hit not in first
+    assert process_said(again, 0).count(hit) == 1 and miss not in process_said(again, 0)
+    # Process 1 has the program from one place or the other, once.
+    assert process_said(again, 1).count(hit) + process_said(again, 1).count(miss) == 1
 
 
 @pytest.mark.parametrize("count, devices", [(1, 2), (4, 1)])
@@ -202,8 +229,14 @@ def test_a_process_that_hangs_is_reported_by_the_others(videos, tmp_path):
     assert "most recent call first" in said and "still waiting for" in said
 
 
-def apart(videos: Path, workdir: Path, variants: list[dict[str, str]]) -> list[tuple[int, str]]:
-    """Starts one process for each variant of environment and overrides; status and error output."""
+def apart(
+    videos: Path, workdir: Path, variants: list[dict[str, str]], folders: list[Path] | None = None
+) -> list[tuple[int, str]]:
+    """Starts one process for each variant of environment and overrides; status and error output.
+
+    Args:
+      folders: working directory of each, where it is not that of the repository.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -214,10 +247,10 @@ def apart(videos: Path, workdir: Path, variants: list[dict[str, str]]) -> list[t
         started.append(
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "storm_jax.train", "--config=configs/debug.py"),
-                    *(f"--workdir={workdir}", *overrides),
+                    *(sys.executable, "-m", "storm_jax.train"),
+                    *(f"--config={ROOT}/configs/debug.py", f"--workdir={workdir}", *overrides),
                 ],
-                cwd=ROOT,
+                cwd=folders[number] if folders else ROOT,
                 env={
                     **os.environ,
                     "JAX_PLATFORMS": "cpu",
@@ -250,3 +283,37 @@ def test_fewer_devices_than_the_launcher_says(videos, tmp_path):
     for status, err in apart(videos, tmp_path / "run", variants):
         assert status == exits.MISTAKE, err
         assert "2 devices have come together, but STORM_EXPECT_DEVICES=8" in err
+
+
+def test_a_file_that_is_broken_on_one_of_the_hosts_that_share_its_row(videos, tmp_path):
+    """Each process reads the data set in its own folder; one video cannot be decoded in the second.
+
+    Its header is whole, so that both plan the same rows.
+    """
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        shutil.copytree(videos, folder)
+    broken = folders[1] / "videos" / "train_000005.mp4"
+    content = bytearray(broken.read_bytes())
+    start = content.index(b"mdat") + 4
+    size = int.from_bytes(content[start - 8 : start - 4], "big") - 8
+    content[start + size // 2 : start + size] = bytes(size - size // 2)
+    broken.write_bytes(content)
+    settings = {
+        "config.data.train[0].path": "train.jsonl",
+        "config.data.tokenizer": "tokenizer",
+        "config.mesh.fsdp": "1",
+        "config.mesh.seq": "2",
+        "config.train.eval_samples": "0",
+        "config.train.steps": "40",
+    }
+    workdir = tmp_path / "run"
+    for status, err in apart(videos, workdir, [settings] * 2, folders):
+        assert status == exits.MISTAKE, err
+        assert re.search(r"step \d+: 1 row\(s\) are not the same on all the processes", err), err
+        [step] = map(int, re.findall(r"The batch of step (\d+):", err))
+        assert "process 0 row " in err and "process 1 row " in err
+        # What came before is good, and nothing after it was saved.
+        assert all(saved < step for saved in whole(workdir / "checkpoints"))
+    assert "train_000005" in (workdir / "bad_records-1.jsonl").read_text()
+    assert not (workdir / "bad_records.jsonl").exists()
