@@ -23,7 +23,7 @@ DTYPE = jnp.float8_e4m3fn
 LARGEST = 448.0
 # Rounding makes a number larger by this factor at most.
 _GROWTH = 1 + 2**-4
-_SMALL = 1e-30  # its reciprocal, times LARGEST, is a float32
+_SMALL = 1e-30  # zeros have a scale too
 
 
 def power_below(x: jax.Array) -> jax.Array:
@@ -34,7 +34,7 @@ def power_below(x: jax.Array) -> jax.Array:
 
 def fitting_scale(bound: jax.Array | float) -> jax.Array:
     """A power of two, float32, that keeps within float8 what is at most `bound`."""
-    return power_below(LARGEST / jnp.maximum(jnp.float32(bound), _SMALL))
+    return power_below(LARGEST / jnp.maximum(jnp.asarray(bound, jnp.float32), _SMALL))
 
 
 def rounded(x: jax.Array, scale: jax.Array | float) -> jax.Array:
@@ -48,9 +48,9 @@ def by_token(x_TI: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       float8 [T, I], and float32 [T, 1] that these numbers are to be multiplied by.
     """
-    x = x_TI.astype(jnp.float32)
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), _SMALL)
-    return (x * (LARGEST / largest)).astype(DTYPE), largest / LARGEST
+    # All in the dtype of x: XLA would keep what it computes x from in float32 between its passes.
+    scale = fitting_scale(jnp.max(jnp.abs(x_TI), axis=1, keepdims=True))
+    return (x_TI * scale.astype(x_TI.dtype)).astype(DTYPE), 1 / scale
 
 
 def product(x_TI: jax.Array, weight_OI: jax.Array, dtype: jnp.dtype) -> jax.Array:
