@@ -7,6 +7,8 @@ pixels, and prefills a prompt of them and `--text` tokens. Reported against the 
 error of the visual tokens and of the first token's scores, root mean square over root mean square,
 the Kullback-Leibler divergence of the first token's distribution in nats, and whether its best
 token is the same. "prefill alone" is the same for the visual tokens of the weights as they are.
+Random weights make scores so large that one token has all the probability, so the divergence is
+also given for scores that are divided by their standard deviation.
 Random weights keep no direction from layer to layer as trained ones do: this is how roundings
 spread, and says nothing about answers (`benchmarks/quantization.py` does, for a checkpoint).
 """
@@ -81,11 +83,15 @@ def compared(exact, found) -> dict:
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         return float(np.sqrt(np.mean((y - x) ** 2) / np.mean(x**2)))
 
-    def scores(x, y):
+    def divergence(x, y):
         p, q = (z - z.max() - np.log(np.exp(z - z.max()).sum()) for z in (x, y))
+        return float((np.exp(p) * (p - q)).sum())
+
+    def scores(x, y):
         return {
             "relative error": relative(x, y),
-            "divergence, nats": float((np.exp(p) * (p - q)).sum()),
+            "divergence, nats": divergence(x, y),
+            "divergence of standardised scores, nats": divergence(x / x.std(), y / x.std()),
             "same best token": bool(x.argmax() == y.argmax()),
         }
 

@@ -63,7 +63,7 @@ _TIMEOUT = flags.DEFINE_float(
     "decode_timeout", 0.0, "Seconds of decoding that a video may take; 0: as in training.", 0.0
 )
 _QUANTIZATION = flags.DEFINE_enum(
-    "quantization", "", QUANTIZATIONS, "Of the decoder's weights; fp8_dynamic: see docs/inference.md."
+    "quantization", "", QUANTIZATIONS, "Of the weights; docs/inference.md says of which."
 )
 _SLOTS = flags.DEFINE_integer("slots", 8, "Answers that a device makes at one time.", 1)
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens of a prompt and its answer; 0: as needed.", 0)

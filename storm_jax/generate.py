@@ -42,8 +42,8 @@ from storm_jax.inference.media import Decoders, Frames
 from storm_jax.inference.options import Options, TokensKept
 from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
-from storm_jax.inference.weights import QUANTIZATIONS, Quantization
 from storm_jax.inference.tokenizer import load_tokenizer
+from storm_jax.inference.weights import QUANTIZATIONS, Quantization
 
 if TYPE_CHECKING:  # takes a second to import: mistakes in flags are told before
     from transformers import PreTrainedTokenizerFast
@@ -69,7 +69,7 @@ _CONTEXT = flags.DEFINE_integer(
     "context", 0, "Tokens of the whole conversation; 0: as the media and a row of training need.", 0
 )
 _QUANTIZATION = flags.DEFINE_enum(
-    "quantization", "", QUANTIZATIONS, "Of the decoder's weights; fp8_dynamic: see docs/inference.md."
+    "quantization", "", QUANTIZATIONS, "Of the weights; docs/inference.md says of which."
 )
 _DECODERS = flags.DEFINE_integer("decoders", 0, "Decoding processes; 0: one for each core.", 0)
 

@@ -49,7 +49,7 @@ _SAMPLING = flags.DEFINE_integer(
     "temporal-sampling", 0, "Keep every so many pooled frames; 0: as in training.", 0
 )
 _QUANTIZATION = flags.DEFINE_enum(
-    "quantization", "", QUANTIZATIONS, "Of the decoder's weights; fp8_dynamic: see docs/inference.md."
+    "quantization", "", QUANTIZATIONS, "Of the weights; docs/inference.md says of which."
 )
 _MAX_TOKENS = flags.DEFINE_integer(
     "max-tokens", _SETTINGS.max_tokens, "Longest answer, where a request does not say.", 1

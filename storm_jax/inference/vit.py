@@ -149,8 +149,10 @@ def encode(
     x_BND = vit.patches(frames_BHWC, dtype)
     heads = vit.config.heads
     for layer in layers:
-        apply = _float8_layer if isinstance(layer, Float8Layer) else _layer
-        x_BND = apply(layer, x_BND, heads, vit.config.norm_eps)
+        if isinstance(layer, Float8Layer):
+            x_BND = _float8_layer(layer, x_BND, heads, vit.config.norm_eps)
+        else:
+            x_BND = _layer(layer, x_BND, heads, vit.config.norm_eps)
     return x_BND if vit.norm is None else vit.norm(x_BND)
 
 
