@@ -12,7 +12,7 @@ from storm_jax.config import VISUAL, ConfigError, MeshConfig
 from storm_jax.inference import float8
 from storm_jax.inference.cache import empty_cache
 from storm_jax.inference.engine import Engine
-from storm_jax.inference.load import made_ready
+from storm_jax.inference.load import made_ready, replicas
 from storm_jax.inference.prefill import frame_tokens
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.weights import FEWEST_TOKENS, Float8Matrix, apply, quantized
@@ -129,7 +129,8 @@ def loaded(quantization, dtype="float32", family="qwen2", devices=1):
     mesh = make_mesh(MeshConfig(data=1, tensor=devices), jax.devices()[:devices])
     params = perturbed(StormModel(config).init(jax.random.key(0)))
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    return made_ready(run, cast, mesh, quantization)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return made_ready(run, jax.device_put(cast, whole), mesh, quantization)
 
 
 class Case:
@@ -211,6 +212,15 @@ def test_which_products_it_takes():
         found = float8_products(case.first, weights, visual)
         assert found == 4 * (config.decoder.layers - 1) + 1
         assert float8_products(case.features, weights, case.video) == 6 * len(weights.vit)
+
+
+def test_copies_on_other_devices_compute_the_same():
+    model = loaded("fp8_dynamic")
+    (copy,) = replicas(model, [jax.devices()[1:2]])
+    one, other = (Case(m) for m in (model, copy))
+    one, other = (case(case.features, case.video) for case in (one, other))
+    assert other.devices() == {jax.devices()[1]}
+    np.testing.assert_array_equal(one, other)
 
 
 def test_several_devices_are_refused():
