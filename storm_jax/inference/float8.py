@@ -38,8 +38,12 @@ def fitting_scale(bound: jax.Array | float) -> jax.Array:
 
 
 def rounded(x: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """x * scale in float8; what is beyond its range becomes its largest number."""
-    return jnp.clip(x * scale, -LARGEST, LARGEST).astype(DTYPE)
+    """x * scale in float8; what is beyond its range becomes its largest number.
+
+    Args:
+      scale: a power of two, so that it can be in the dtype of x.
+    """
+    return jnp.clip(x * jnp.asarray(scale, x.dtype), -LARGEST, LARGEST).astype(DTYPE)
 
 
 def by_token(x_TI: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,12 +67,12 @@ class ScaledMap(NamedTuple):
     """x @ w + b for inputs in float8 of one scale that is known beforehand."""
 
     weight: jax.Array  # float8 [O, I]
-    scale: jax.Array  # [], a power of two in the model's dtype: of the product
+    scale: jax.Array  # float32 [], a power of two: of the product
     bias: jax.Array | None  # [O], in the model's dtype
 
-    def __call__(self, x_TI: jax.Array) -> jax.Array:
+    def __call__(self, x_TI: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """float8 [T, I] -> [T, O] in the model's dtype."""
-        y = product(x_TI, self.weight, self.scale.dtype) * self.scale
+        y = product(x_TI, self.weight, dtype) * self.scale.astype(dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -85,7 +89,7 @@ def scaled_map(
     own = fitting_scale(jnp.max(jnp.abs(weight_IO)))
     return ScaledMap(
         rounded(weight_IO.T, own),
-        (1 / (own * scale)).astype(dtype),
+        1 / (own * scale),
         None if bias is None else bias.astype(dtype),
     )
 

@@ -59,10 +59,10 @@ class Float8Layer(NamedTuple):
     query: ScaledMap
     key: ScaledMap
     value: ScaledMap
-    attended: jax.Array  # [], by which attention's result is multiplied when it is rounded
+    attended: jax.Array  # float32 [], by which attention's result is multiplied for float8
     out: ScaledMap
     up: ScaledMap
-    activated: jax.Array  # [], likewise GELU's
+    activated: jax.Array  # float32 [], likewise GELU's
     down: ScaledMap
 
 
@@ -125,10 +125,10 @@ def _in_float8(layer: VitLayer, dtype: jnp.dtype) -> Float8Layer:
         scaled_map(layer.query, layer.query_bias, standard, dtype),
         scaled_map(layer.key, None, standard, dtype),
         scaled_map(layer.value, None, standard, dtype),
-        attended.astype(dtype),
+        attended,
         scaled_map(layer.out, layer.out_bias, attended, dtype),
         scaled_map(layer.up, layer.up_bias, standard, dtype),
-        activated.astype(dtype),
+        activated,
         scaled_map(layer.down, layer.down_bias, activated, dtype),
     )
 
@@ -169,6 +169,7 @@ def _layer(layer: VitLayer, x_BND: jax.Array, H: int, eps: float) -> jax.Array:
 
 def _float8_layer(layer: Float8Layer, x_BND: jax.Array, H: int, eps: float) -> jax.Array:
     B, N, D = x_BND.shape
+    dtype = x_BND.dtype
     # Products keep two axes throughout: XLA joins nothing across a change of shape.
     x_TD = x_BND.reshape(B * N, D)
     scale = float8.standardised_scale(D)
@@ -177,12 +178,12 @@ def _float8_layer(layer: Float8Layer, x_BND: jax.Array, H: int, eps: float) -> j
         return float8.rounded(standardise(x_TD.astype(jnp.float32), eps), scale)
 
     h = standardised(x_TD)
-    products = layer.query(h), layer.key(h), layer.value(h)
-    q, k, v = (y.reshape(B, N, H, D // H) for y in products)
+    maps = layer.query, layer.key, layer.value
+    q, k, v = (linear(h, dtype).reshape(B, N, H, D // H) for linear in maps)
     h = _attention(q, k, v).reshape(B * N, D)
-    x_TD = x_TD + layer.out(float8.rounded(h, layer.attended))
-    h = jax.nn.gelu(layer.up(standardised(x_TD)), approximate=True)
-    x_TD = x_TD + layer.down(float8.rounded(h, layer.activated))
+    x_TD = x_TD + layer.out(float8.rounded(h, layer.attended), dtype)
+    h = jax.nn.gelu(layer.up(standardised(x_TD), dtype), approximate=True)
+    x_TD = x_TD + layer.down(float8.rounded(h, layer.activated), dtype)
     return x_TD.reshape(B, N, D)
 
 

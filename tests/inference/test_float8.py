@@ -113,7 +113,7 @@ def test_maps_with_one_scale(width):
     x[1] = np.eye(width)[3]
     x = np.float32(x / np.linalg.norm(x, axis=1, keepdims=True) * np.sqrt(width))
     assert np.abs(x * scale).max() <= 448 < 2 * np.sqrt(width) * scale
-    got = np.asarray(made(float8.rounded(jnp.asarray(x), scale)), np.float64)
+    got = np.asarray(made(float8.rounded(jnp.asarray(x), scale), jnp.dtype("float32")), np.float64)
     exact = x.astype(np.float64) @ np.float32(w_IO) + bias
     w_scale = float(float8.power_below(jnp.float32(448 / np.abs(w_IO).max())))
     allowed = product_error(np.float64(x), 1 / scale, np.float64(w_IO.T), 1 / w_scale)
