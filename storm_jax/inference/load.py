@@ -10,7 +10,7 @@ import numpy as np
 from storm_jax import checkpoint
 from storm_jax.config import MeshConfig, RunConfig
 from storm_jax.inference.decoder import CachedDecoder
-from storm_jax.inference.weights import Quantization, Weights, check_devices, prepare
+from storm_jax.inference.weights import Quantization, Weights, check_quantization, prepare
 from storm_jax.models.storm import Params, StormModel
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.state import abstract_params
@@ -43,11 +43,11 @@ def load(
 
     Raises:
       CheckpointError: there is none, or it is of another layout.
-      ConfigError: a quantization that is not for so many devices.
+      ConfigError: a quantization that is not known, or not for so many devices.
     """
     config = checkpoint.read_config(path)
     model, mesh = StormModel(config.model), _mesh(devices)
-    check_devices(quantization, mesh)  # before much is read
+    check_quantization(quantization, mesh)  # before much is read
     abstract = abstract_params(model, mesh, jnp.dtype(config.model.dtype))
     params = checkpoint.load_params(path, abstract)
     return made_ready(config, params, mesh, quantization)

@@ -76,8 +76,11 @@ _AXES: dict[str, sharding.Axes] = {
 }
 
 
-def check_devices(quantization: Quantization, mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError where a model of this kind cannot be split over the devices."""
+def check_quantization(quantization: str, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError: there is none of this name, or it is not for so many devices."""
+    if quantization not in QUANTIZATIONS:
+        known = ", ".join(repr(kind) for kind in QUANTIZATIONS)
+        raise ConfigError(f"quantization={quantization!r} is not known: take one of {known}")
     if quantization == "fp8_dynamic" and mesh.size > 1:
         raise ConfigError(
             f"quantization=fp8_dynamic is for one device, but the model is on {mesh.size}: show one"
@@ -105,9 +108,9 @@ def prepare(
         head's excepted, and the ViT's products do.
 
     Raises:
-      ConfigError: "fp8_dynamic" on several devices.
+      ConfigError: an unknown kind, or "fp8_dynamic" on several devices.
     """
-    check_devices(quantization, mesh)
+    check_quantization(quantization, mesh)
     config, decoder = model.decoder, params["decoder"]
     blocks = decoder.pop("blocks")["layers"]
     K, G = config.kv_heads, config.heads // config.kv_heads

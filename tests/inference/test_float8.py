@@ -223,6 +223,8 @@ def test_copies_on_other_devices_compute_the_same():
     np.testing.assert_array_equal(one, other)
 
 
-def test_several_devices_are_refused():
+def test_unknown_kinds_and_several_devices_are_refused():
+    with pytest.raises(ConfigError, match="quantization='fp4' is not known: take one of '', 'int8"):
+        loaded("fp4")
     with pytest.raises(ConfigError, match="fp8_dynamic is for one device, but the model is on 2"):
         loaded("fp8_dynamic", devices=2)
