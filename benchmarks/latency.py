@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--size", default="qwen2_7b", help="of configs/long.py")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--case", action="append", required=True, metavar="FRAMES,POOL,SAMPLING")
-    parser.add_argument("--quantization", default="", choices=("", "int8", "fp8"))
+    parser.add_argument("--quantization", default="", choices=("", "int8", "fp8", "fp8_dynamic"))
     parser.add_argument("--text", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--slots", type=int, default=1)

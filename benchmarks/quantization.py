@@ -81,7 +81,7 @@ def main() -> None:
     config = checkpoint.read_config(args.checkpoint)
     whole = answers(args.checkpoint, records, "")
     report: dict = {"run": config.name, "dtype": config.model.dtype, "records": len(records)}
-    for kind in ("", "int8", "fp8"):
+    for kind in ("", "int8", "fp8", "fp8_dynamic"):
         results = answers(args.checkpoint, records, kind) if kind else whole
         pairs = list(zip(whole, results, strict=True))
         report[kind or "as saved"] = {

@@ -261,7 +261,7 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=0, help="of that server; 0: as in serve")
     parser.add_argument("--decoders", type=int, default=8, help="of that server")
     parser.add_argument("--cache_mb", type=int, default=256, help="of that server")
-    parser.add_argument("--quantization", default="", choices=("", "int8", "fp8"))
+    parser.add_argument("--quantization", default="", choices=("", "int8", "fp8", "fp8_dynamic"))
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=600)

@@ -33,7 +33,7 @@ from storm_jax.evaluation.results import ResultError
 from storm_jax.inference.compile_notice import CompileNotice
 from storm_jax.inference.media import Decoders
 from storm_jax.inference.tokenizer import load_tokenizer
-from storm_jax.inference.weights import Quantization
+from storm_jax.inference.weights import QUANTIZATIONS, Quantization
 
 DONE, BAD_INPUT, TOO_LONG, INTERRUPTED = 0, 1, 3, 130
 
@@ -63,7 +63,7 @@ _TIMEOUT = flags.DEFINE_float(
     "decode_timeout", 0.0, "Seconds of decoding that a video may take; 0: as in training.", 0.0
 )
 _QUANTIZATION = flags.DEFINE_enum(
-    "quantization", "", ["", "int8", "fp8"], "Of the decoder's matrices."
+    "quantization", "", QUANTIZATIONS, "Of the weights; docs/inference.md says of which."
 )
 _SLOTS = flags.DEFINE_integer("slots", 8, "Answers that a device makes at one time.", 1)
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens of a prompt and its answer; 0: as needed.", 0)

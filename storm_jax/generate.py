@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 import numpy as np
@@ -43,6 +43,7 @@ from storm_jax.inference.options import Options, TokensKept
 from storm_jax.inference.prefill import Visual
 from storm_jax.inference.sampling import Sampling
 from storm_jax.inference.tokenizer import load_tokenizer
+from storm_jax.inference.weights import QUANTIZATIONS, Quantization
 
 if TYPE_CHECKING:  # takes a second to import: mistakes in flags are told before
     from transformers import PreTrainedTokenizerFast
@@ -66,6 +67,9 @@ _PROMPT = flags.DEFINE_string(
 _JSON = flags.DEFINE_bool("json", False, "Print each answer as a JSON object on one line.")
 _CONTEXT = flags.DEFINE_integer(
     "context", 0, "Tokens of the whole conversation; 0: as the media and a row of training need.", 0
+)
+_QUANTIZATION = flags.DEFINE_enum(
+    "quantization", "", QUANTIZATIONS, "Of the weights; docs/inference.md says of which."
 )
 _DECODERS = flags.DEFINE_integer("decoders", 0, "Decoding processes; 0: one for each core.", 0)
 
@@ -244,7 +248,8 @@ def encoded_media(
         frames = {m: decoders.sample(m.media, config.data.frames, size, limit) for m in media}
         with summary.timed("load"):
             tokenizer = load_tokenizer(_CHECKPOINT.value, config)
-            loaded = load(_CHECKPOINT.value)
+            kind = cast(Quantization, _QUANTIZATION.value)
+            loaded = load(_CHECKPOINT.value, quantization=kind)
             engine = Engine(loaded, slots=1, context=_CONTEXT.value or room_for(config, media))
         compile_beside(engine, tokenizer, config, options, media, frames)
         visual = {}

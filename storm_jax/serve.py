@@ -25,7 +25,7 @@ from storm_jax.inference.engine import ContextError
 from storm_jax.inference.load import load
 from storm_jax.inference.options import Options
 from storm_jax.inference.tokenizer import load_tokenizer
-from storm_jax.inference.weights import Quantization
+from storm_jax.inference.weights import QUANTIZATIONS, Quantization
 from storm_jax.serving.settings import Settings
 
 _MB = 1 << 20
@@ -49,7 +49,7 @@ _SAMPLING = flags.DEFINE_integer(
     "temporal-sampling", 0, "Keep every so many pooled frames; 0: as in training.", 0
 )
 _QUANTIZATION = flags.DEFINE_enum(
-    "quantization", "", ["", "int8", "fp8"], "Of the decoder's weights."
+    "quantization", "", QUANTIZATIONS, "Of the weights; docs/inference.md says of which."
 )
 _MAX_TOKENS = flags.DEFINE_integer(
     "max-tokens", _SETTINGS.max_tokens, "Longest answer, where a request does not say.", 1

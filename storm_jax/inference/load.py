@@ -10,7 +10,7 @@ import numpy as np
 from storm_jax import checkpoint
 from storm_jax.config import MeshConfig, RunConfig
 from storm_jax.inference.decoder import CachedDecoder
-from storm_jax.inference.weights import Quantization, Weights, prepare
+from storm_jax.inference.weights import Quantization, Weights, check_quantization, prepare
 from storm_jax.models.storm import Params, StormModel
 from storm_jax.parallel.mesh import make_mesh
 from storm_jax.training.state import abstract_params
@@ -38,14 +38,16 @@ def load(
 
     Args:
       path: a training workdir, or one checkpoint in it.
-      quantization: of the decoder's matrices, see `weights.prepare`.
+      quantization: of the decoder's matrices, or also of the ViT's: see `weights.prepare`.
       devices: over which heads, hidden units and vocabulary are split, and frames; None: all.
 
     Raises:
       CheckpointError: there is none, or it is of another layout.
+      ConfigError: a quantization that is not known, or not for so many devices.
     """
     config = checkpoint.read_config(path)
     model, mesh = StormModel(config.model), _mesh(devices)
+    check_quantization(quantization, mesh)  # before much is read
     abstract = abstract_params(model, mesh, jnp.dtype(config.model.dtype))
     params = checkpoint.load_params(path, abstract)
     return made_ready(config, params, mesh, quantization)

@@ -5,6 +5,11 @@ once, layer by layer, and biases have the dtype of the activations. Then each ma
 bias, its activation and the residual it is added to are one cuBLASLt call. XLA makes them one only
 where it does not consider its own Triton products (`compiler_options`).
 
+A layer may also be kept in float8, and then every product has float8 inputs with one scale. The
+scales follow from the weights: a standardised row, and what is made of it, cannot be larger than
+`float8.largest_output`. So nothing is measured on the way and nothing can be cut off, and GELU's
+result leaves its product in float8.
+
 Axis letters: B frames, N patches, D width, H heads, C head dim, M hidden units.
 """
 
@@ -15,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from storm_jax.config import VitConfig
+from storm_jax.inference import float8
+from storm_jax.inference.float8 import ScaledMap, scaled_map
 from storm_jax.models.attention import self_attention
 from storm_jax.models.layers import standardise
 from storm_jax.models.storm import Params
@@ -43,18 +50,37 @@ class VitLayer(NamedTuple):
     down_bias: jax.Array
 
 
-def prepare(params: Params, config: VitConfig, dtype: jnp.dtype) -> tuple[Params, tuple]:
+class Float8Layer(NamedTuple):
+    """The same with matrices in float8, for inputs in float8."""
+
+    query: ScaledMap
+    key: ScaledMap
+    value: ScaledMap
+    attended: jax.Array  # float32 [], by which attention's result is multiplied for float8
+    out: ScaledMap
+    up: ScaledMap
+    activated: jax.Array  # float32 [], likewise GELU's
+    down: ScaledMap
+
+
+def prepare(
+    params: Params, config: VitConfig, dtype: jnp.dtype, *, small: bool = False
+) -> tuple[Params, tuple[VitLayer | Float8Layer, ...]]:
     """Folds the layers of `params` of a `models.vit.Vit`.
+
+    Args:
+      dtype: the model's.
+      small: the products are to be float8's.
 
     Returns:
       The parameters that are used as they are (patches, positions, the last norm), and the layers,
-      a `VitLayer` each.
+      a `VitLayer` or a `Float8Layer` each.
     """
     D = config.width
     blocks = params["blocks"]["layers"]
 
     @jax.jit
-    def fold(index, blocks) -> VitLayer:
+    def fold(index, blocks) -> VitLayer | Float8Layer:
         # Whole: frames are split over all devices, heads and hidden units are not.
         layer = jax.tree.map(
             lambda x: sharding.shard(x[index].astype(jnp.float32), *[None] * (x.ndim - 1)), blocks
@@ -77,6 +103,8 @@ def prepare(params: Params, config: VitConfig, dtype: jnp.dtype) -> tuple[Params
             query, query_bias, key, value, out, layer["out"]["bias"] + moved,
             up, up_bias, layer["down"]["weight"], layer["down"]["bias"],
         )  # fmt: skip
+        if small:
+            return _in_float8(folded, dtype)
         return jax.tree.map(lambda x: sharding.shard(x.astype(dtype), *[None] * x.ndim), folded)
 
     count = config.layers + 1 + config.output_layer
@@ -84,8 +112,29 @@ def prepare(params: Params, config: VitConfig, dtype: jnp.dtype) -> tuple[Params
     return {name: tree for name, tree in params.items() if name != "blocks"}, layers
 
 
+def _in_float8(layer: VitLayer, dtype: jnp.dtype) -> Float8Layer:
+    """A layer in float32, rounded."""
+    standard = float8.standardised_scale(layer.query.shape[0])
+    # Attention takes means of the values, and |GELU(x)| <= |x|.
+    attended = float8.fitting_scale(float8.largest_output(layer.value))
+    activated = float8.fitting_scale(float8.largest_output(layer.up, layer.up_bias))
+    return Float8Layer(
+        scaled_map(layer.query, layer.query_bias, standard, dtype),
+        scaled_map(layer.key, None, standard, dtype),
+        scaled_map(layer.value, None, standard, dtype),
+        attended,
+        scaled_map(layer.out, layer.out_bias, attended, dtype),
+        scaled_map(layer.up, layer.up_bias, standard, dtype),
+        activated,
+        scaled_map(layer.down, layer.down_bias, activated, dtype),
+    )
+
+
 def encode(
-    vit: Vit, layers: tuple[VitLayer, ...], frames_BHWC: jax.Array, dtype: jnp.dtype
+    vit: Vit,
+    layers: tuple[VitLayer | Float8Layer, ...],
+    frames_BHWC: jax.Array,
+    dtype: jnp.dtype,
 ) -> jax.Array:
     """Every frame alone: uint8 [B, side, side, 3] -> [B, N, D].
 
@@ -97,7 +146,10 @@ def encode(
     x_BND = vit.patches(frames_BHWC, dtype)
     heads = vit.config.heads
     for layer in layers:
-        x_BND = _layer(layer, x_BND, heads, vit.config.norm_eps)
+        if isinstance(layer, Float8Layer):
+            x_BND = _float8_layer(layer, x_BND, heads, vit.config.norm_eps)
+        else:
+            x_BND = _layer(layer, x_BND, heads, vit.config.norm_eps)
     return x_BND if vit.norm is None else vit.norm(x_BND)
 
 
@@ -110,3 +162,23 @@ def _layer(layer: VitLayer, x_BND: jax.Array, H: int, eps: float) -> jax.Array:
     x_BND = x_BND + (sharding.reshape(h, B, N, D) @ layer.out + layer.out_bias)
     h = standardise(x_BND, eps) @ layer.up + layer.up_bias
     return x_BND + (jax.nn.gelu(h, approximate=True) @ layer.down + layer.down_bias)
+
+
+def _float8_layer(layer: Float8Layer, x_BND: jax.Array, H: int, eps: float) -> jax.Array:
+    B, N, D = x_BND.shape
+    dtype = x_BND.dtype
+    # Products keep two axes throughout: XLA joins nothing across a change of shape.
+    x_TD = x_BND.reshape(B * N, D)
+    scale = float8.standardised_scale(D)
+
+    def standardised(x_TD):
+        return float8.rounded(standardise(x_TD.astype(jnp.float32), eps), scale)
+
+    h = standardised(x_TD)
+    maps = layer.query, layer.key, layer.value
+    q, k, v = (linear(h, dtype).reshape(B, N, H, D // H) for linear in maps)
+    h = self_attention(q, k, v, causal=False, scale=q.shape[-1] ** -0.5).reshape(B * N, D)
+    x_TD = x_TD + layer.out(float8.rounded(h, layer.attended), dtype)
+    h = jax.nn.gelu(layer.up(standardised(x_TD), dtype), approximate=True)
+    x_TD = x_TD + layer.down(float8.rounded(h, layer.activated), dtype)
+    return x_TD.reshape(B, N, D)

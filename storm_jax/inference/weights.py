@@ -15,17 +15,29 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from storm_jax.config import ModelConfig
+from storm_jax.config import ConfigError, ModelConfig
+from storm_jax.inference import float8
 from storm_jax.inference import vit as vits
-from storm_jax.inference.vit import VitLayer
+from storm_jax.inference.vit import Float8Layer, VitLayer
 from storm_jax.models.layers import product
 from storm_jax.models.storm import Params
 from storm_jax.parallel import sharding
 
-Quantization = Literal["", "int8", "fp8"]
-_STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+Quantization = Literal["", "int8", "fp8", "fp8_dynamic"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("", "int8", "fp8", "fp8_dynamic")
+Stored = Literal["int8", "fp8"]
+_STORED = {"int8": jnp.int8, "fp8": float8.DTYPE}
+# Products of fewer tokens are bound by reading the matrix: their inputs are not rounded too.
+FEWEST_TOKENS = 32
 
-Matrix = jax.Array | qwix.QArray
+
+class Float8Matrix(NamedTuple):
+    """A matrix in float8 whose inputs are rounded to float8 too where there are many."""
+
+    stored: qwix.QArray
+
+
+Matrix = jax.Array | qwix.QArray | Float8Matrix
 
 
 class LayerWeights(NamedTuple):
@@ -48,7 +60,7 @@ class Weights(NamedTuple):
     """All parameters of a model."""
 
     encoder: Params  # projector and temporal encoder, as `StormModel` takes them, rest of the ViT
-    vit: tuple[VitLayer, ...]
+    vit: tuple[VitLayer | Float8Layer, ...]
     embedding: jax.Array  # [V, D]
     layers: tuple[LayerWeights, ...]
     norm: jax.Array  # [D]
@@ -62,6 +74,18 @@ _AXES: dict[str, sharding.Axes] = {
     "gate_up": (None, None, "mlp"),
     "down": ("mlp", None),
 }
+
+
+def check_quantization(quantization: str, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError: there is none of this name, or it is not for so many devices."""
+    if quantization not in QUANTIZATIONS:
+        known = ", ".join(repr(kind) for kind in QUANTIZATIONS)
+        raise ConfigError(f"quantization={quantization!r} is not known: take one of {known}")
+    if quantization == "fp8_dynamic" and mesh.size > 1:
+        raise ConfigError(
+            f"quantization=fp8_dynamic is for one device, but the model is on {mesh.size}: show one"
+            " to this process (CUDA_VISIBLE_DEVICES=0), or take quantization=fp8"
+        )
 
 
 def prepare(
@@ -79,8 +103,14 @@ def prepare(
       model: their configuration.
       mesh: the devices; matrices are split over "tensor" where it divides them.
       quantization: of the decoder's matrices, the head's included, one scale an output channel;
-        "": they keep their dtype. The embedding keeps it, also where it is the head's matrix.
+        "": they keep their dtype. The embedding keeps it, also where it is the head's matrix. With
+        "fp8_dynamic" products of `FEWEST_TOKENS` tokens or more take float8 on both sides, the
+        head's excepted, and the ViT's products do.
+
+    Raises:
+      ConfigError: an unknown kind, or "fp8_dynamic" on several devices.
     """
+    check_quantization(quantization, mesh)
     config, decoder = model.decoder, params["decoder"]
     blocks = decoder.pop("blocks")["layers"]
     K, G = config.kv_heads, config.heads // config.kv_heads
@@ -108,7 +138,9 @@ def prepare(
 
     qkv = ("query", "key", "value")
     with jax.set_mesh(mesh):
-        rest, vit = vits.prepare(params["vit"], model.vit, jnp.dtype(model.dtype))
+        rest, vit = vits.prepare(
+            params["vit"], model.vit, jnp.dtype(model.dtype), small=quantization == "fp8_dynamic"
+        )
         bias: list = [None] * config.layers
         if config.qkv_bias:
             bias = each("qkv_bias", heads, *((name, "bias") for name in qkv))
@@ -135,7 +167,8 @@ def prepare(
         }
         head = None
         if not config.tied_embeddings:
-            store = jax.jit(lambda w: _stored(w, (None, "vocab"), 1, quantization))
+            kind: Quantization = "fp8" if quantization == "fp8_dynamic" else quantization
+            store = jax.jit(lambda w: _stored(w, (None, "vocab"), 1, kind))
             head = store(decoder.pop("head")["weight"])
         store = jax.jit(lambda table: sharding.shard(table, "vocab", None))
         embedding = store(decoder.pop("embedding")["table"])
@@ -156,11 +189,12 @@ def _stored(weight, axes: sharding.Axes, contracted: int, kind: Quantization) ->
     if not (contracted and kind):
         return sharding.shard(weight, *axes)
     turned = (*axes[contracted:], *axes[:contracted])
-    matrix = quantized(weight, contracted, kind)
-    return jax.tree.map(lambda x: sharding.shard(x, *turned), matrix)
+    matrix = quantized(weight, contracted, "int8" if kind == "int8" else "fp8")
+    matrix = jax.tree.map(lambda x: sharding.shard(x, *turned), matrix)
+    return Float8Matrix(matrix) if kind == "fp8_dynamic" else matrix
 
 
-def quantized(weight: jax.Array, contracted: int, kind: Literal["int8", "fp8"]) -> qwix.QArray:
+def quantized(weight: jax.Array, contracted: int, kind: Stored) -> qwix.QArray:
     """A matrix in eight bits with one float32 scale for each output channel.
 
     Args:
@@ -182,13 +216,18 @@ def apply(
     """x @ weight over the last `contracted` axes of x.
 
     A quantized matrix is widened as it is read, and the result scaled. For a single token XLA's
-    sums read it twice as fast as its products do.
+    sums read it twice as fast as its products do. For many tokens and a `Float8Matrix` x is rounded
+    to float8, token by token, and nothing is widened.
 
     Args:
       dtype: of the result; None: that of x.
     """
     n = contracted
     summed = tuple(range(x.ndim - n, x.ndim))
+    if isinstance(weight, Float8Matrix):
+        if math.prod(x.shape[: x.ndim - n]) >= FEWEST_TOKENS:
+            return _in_float8(x, weight.stored, n).astype(dtype or x.dtype)
+        weight = weight.stored
     if not isinstance(weight, qwix.QArray):
         dims = (summed, tuple(range(n)))
         return product(x, weight, dims, lambda x, w: (*x[:-n], *w[n:]), dtype=dtype)
@@ -211,3 +250,14 @@ def apply(
         )
     scale = jnp.squeeze(weight.scale, axis=tuple(range(outputs, weight.ndim)))
     return (y * scale).astype(dtype or x.dtype)
+
+
+def _in_float8(x: jax.Array, weight: qwix.QArray, contracted: int) -> jax.Array:
+    """`apply` with float8 on both sides; float32."""
+    lead, inputs = x.shape[: x.ndim - contracted], math.prod(x.shape[x.ndim - contracted :])
+    outputs = weight.shape[: weight.ndim - contracted]
+    x_TI, scale_T1 = float8.by_token(x.reshape(math.prod(lead), inputs))
+    weight_OI = weight.qvalue.reshape(math.prod(outputs), inputs)
+    # The product in x's dtype: half of what would be written, and read again, in float32.
+    y_TO = float8.product(x_TI, weight_OI, x.dtype).astype(jnp.float32)
+    return (y_TO * scale_T1 * weight.scale.reshape(-1)).reshape(*lead, *outputs)

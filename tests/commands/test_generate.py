@@ -105,14 +105,15 @@ def test_a_chat_encodes_the_video_once(flags, known, calls):
     path, question, answer = known
     lines = [f"{question}\n", "\n", "And then?\n", question]
     too_long = [lines[0], "and " * 40 + "\n", "never read\n"]
-    (status, out, err), (_, again, _), (ended, answered, why) = calls(
+    (status, out, err), (_, again, _), (_, small, _), (ended, answered, why) = calls(
         ([f"--video={path}", "--json"], lines),
         ([f"--video={path}"], lines[:1]),
+        ([f"--video={path}", "--quantization=fp8_dynamic"], lines[:1]),
         ([f"--video={path}", "--context=60"], too_long),
     )
     assert status == 0, err
     first, second, third = map(json.loads, out.splitlines())
-    assert first["answer"] == answer and again == answer + "\n"
+    assert first["answer"] == answer and again == small == answer + "\n"
     assert first["finish"] == "stop" and first["media"][0]["path"] == path
     assert {"load", "frames", "encode", "prefill", "answer"} <= first["seconds"].keys()
     assert first["tokens_per_second"] > 0
