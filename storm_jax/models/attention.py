@@ -37,7 +37,8 @@ def self_attention(
       [B, S, H, C] in the dtype of q.
     """
     pattern = kernels.Pattern(causal=causal, window=window, scale=scale, softcap=softcap)
-    fused = kernels.fused_for(q_BSHC, pattern, packed=segments_BS is not None)
+    plain = segments_BS is None and k_BSKC.shape == q_BSHC.shape
+    fused = kernels.fused_for(q_BSHC, pattern, plain)
     kernel = fused or kernels.xla_attention
 
     def local(q, k, v, *segments):

@@ -42,17 +42,17 @@ class Pattern(NamedTuple):
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Pattern], jax.Array]
 
 
-def fused_for(q_BSHC: jax.Array, pattern: Pattern, packed: bool = False) -> Kernel | None:
+def fused_for(q_BSHC: jax.Array, pattern: Pattern, plain: bool = False) -> Kernel | None:
     """The fused kernel of the platform that this is traced for, or None: it has none for this.
 
     Args:
-      packed: there are segments.
+      plain: there are no segments, and each query head has keys and values of its own.
     """
     platform = platform_of(q_BSHC)
     if platform == "tpu":
         return splash_attention
-    everything = not (pattern.causal or pattern.softcap or packed)
-    if everything and hopper.unsupported(q_BSHC) is None:
+    plain &= not (pattern.causal or pattern.softcap)
+    if plain and hopper.unsupported(q_BSHC) is None:
         return hopper_attention
     if platform == "gpu" and cudnn_serves(q_BSHC, pattern.softcap):
         return cudnn_attention

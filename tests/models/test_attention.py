@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from storm_jax.models import attention
 from storm_jax.models import attention_kernels as kernels
 from storm_jax.models.attention_kernels import Pattern, splash_attention, xla_attention
 
@@ -129,13 +130,27 @@ def hopper(monkeypatch):
 @pytest.mark.usefixtures("hopper")
 def test_our_kernel_serves_what_sees_everything():
     whole = PATTERNS["whole"]
-    assert kernels.fused_for(HEADS_OF_72, whole) is kernels.hopper_attention
-    assert kernels.fused_for(HEADS_OF_72, whole, packed=True) is not kernels.hopper_attention
-    assert kernels.fused_for(HEADS_OF_72, PATTERNS["causal"]) is not kernels.hopper_attention
-    capped = whole._replace(softcap=2.0)
-    assert kernels.fused_for(HEADS_OF_72, capped) is not kernels.hopper_attention
+    ours = kernels.hopper_attention
+    assert kernels.fused_for(HEADS_OF_72, whole, plain=True) is ours
+    assert kernels.fused_for(HEADS_OF_72, whole, plain=False) is not ours
+    assert kernels.fused_for(HEADS_OF_72, PATTERNS["causal"], plain=True) is not ours
+    assert kernels.fused_for(HEADS_OF_72, whole._replace(softcap=2.0), plain=True) is not ours
     other = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
-    assert kernels.fused_for(other, whole) is not kernels.hopper_attention
+    assert kernels.fused_for(other, whole, plain=True) is not ours
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("rows", ["packed", "shared keys"])
+def test_our_kernel_is_left_out_where_it_does_not_serve(rows, monkeypatch):
+    def never(*_):
+        raise AssertionError("it was called")
+
+    monkeypatch.setattr(kernels, "hopper_attention", never)
+    q = jnp.ones((2, 64, 2, 72), jnp.bfloat16)
+    segments = jnp.zeros((2, 64), jnp.int32) if rows == "packed" else None
+    k = q if rows == "packed" else q[:, :, :1]
+    out = attention.self_attention(q, k, k, segments, causal=False, scale=1.0)
+    np.testing.assert_array_equal(out, q)
 
 
 @pytest.mark.usefixtures("hopper")
