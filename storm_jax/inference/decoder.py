@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from storm_jax.config import VISUAL, DecoderConfig
 from storm_jax.inference import cache as slots
 from storm_jax.inference.cache import Cache, LayerCache
+from storm_jax.inference.linear import Matrix, apply, apply_to_token, kernel_serves
 from storm_jax.inference.token_attention import token_attention
-from storm_jax.inference.weights import LayerWeights, Weights, apply
+from storm_jax.inference.weights import LayerWeights, Weights
 from storm_jax.models.attention import self_attention
 from storm_jax.models.attention_kernels import masked_attention
-from storm_jax.models.decoder import capped, gated, output_scores
+from storm_jax.models.decoder import capped, gated
 from storm_jax.models.layers import rms_norm, rotary, rotate
 from storm_jax.parallel import sharding
+from storm_kernels.matvec import Norm
 
 Angles = tuple[jax.Array, jax.Array]
 
@@ -167,11 +169,9 @@ class CachedDecoder:
     def scores(self, weights: Weights, x_BSD: jax.Array) -> jax.Array:
         """The vocabulary's, float32 [B, S, V], whole on every device."""
         config = self.config
-        x_BSD = rms_norm(x_BSD, weights.norm, config.norm_eps, plus_one=config.norm_plus_one)
-        if weights.head is None:
-            scores = output_scores(config, weights.embedding, x_BSD)
-        else:
-            scores = capped(config, apply(x_BSD, weights.head, 1, jnp.float32))
+        matrix = weights.embedding if weights.head is None else weights.head
+        scores = self._map(x_BSD, matrix, 1, norm=weights.norm, dtype=jnp.float32)
+        scores = capped(config, scores)
         return sharding.shard(scores, None, None, None)
 
     def _turns(self, positions_BS: jax.Array) -> _Turns:
@@ -189,9 +189,7 @@ class CachedDecoder:
 
     def _qkv(self, index: int, layer: LayerWeights, x_BSD: jax.Array, turns: _Turns):
         """Queries [B, S, K, G, C], keys and values [B, S, K, C]."""
-        y = apply(self._norm(x_BSD, layer.attention_norm), layer.qkv, 1)
-        if layer.qkv_bias is not None:
-            y = (y.astype(jnp.float32) + layer.qkv_bias).astype(y.dtype)
+        y = self._map(x_BSD, layer.qkv, 1, norm=layer.attention_norm, bias=layer.qkv_bias)
         qk, v = y[:, :, :, :-1], y[:, :, :, -1]
         if layer.query_norm is not None:
             q, k = qk[:, :, :, :-1], qk[:, :, :, -1:]
@@ -203,10 +201,45 @@ class CachedDecoder:
 
     def _after(self, layer: LayerWeights, x_BSD: jax.Array, h_BSKGC: jax.Array) -> jax.Array:
         """What follows attention in a layer."""
-        x_BSD = x_BSD + self._norm(apply(h_BSKGC, layer.out, 3), layer.attention_post_norm)
-        y = apply(self._norm(x_BSD, layer.mlp_norm), layer.gate_up, 1)
-        h = apply(gated(self.config, y[:, :, 0], y[:, :, 1]), layer.down, 1)
-        return x_BSD + self._norm(h, layer.mlp_post_norm)
+        x_BSD = self._add(x_BSD, h_BSKGC, layer.out, 3, layer.attention_post_norm)
+        h = self._map(x_BSD, layer.gate_up, 1, norm=layer.mlp_norm, is_gated=True)
+        return self._add(x_BSD, h, layer.down, 1, layer.mlp_post_norm)
+
+    def _add(self, x_BSD, h: jax.Array, weight: Matrix, contracted: int, post_norm) -> jax.Array:
+        """x + norm(weight h)."""
+        if post_norm is None:
+            return self._map(h, weight, contracted, residual=x_BSD)
+        return x_BSD + self._norm(self._map(h, weight, contracted), post_norm)
+
+    def _map(
+        self,
+        x: jax.Array,
+        weight: Matrix,
+        contracted: int,
+        *,
+        norm: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        is_gated: bool = False,
+        residual: jax.Array | None = None,
+        dtype: jnp.dtype | None = None,
+    ) -> jax.Array:
+        """residual + (gate(weight norm(x)) + bias), one kernel for one token where there is one."""
+        config = self.config
+        if kernel_serves(x, weight, contracted):
+            return apply_to_token(
+                x, weight, contracted,
+                norm=None if norm is None else Norm(norm, config.norm_eps, config.norm_plus_one),
+                bias=bias,
+                activation=config.activation if is_gated else "",
+                residual=residual,
+                dtype=dtype,
+            )  # fmt: skip
+        y = apply(self._norm(x, norm), weight, contracted, dtype)
+        if bias is not None:
+            y = (y.astype(jnp.float32) + bias).astype(y.dtype)
+        if is_gated:
+            y = gated(config, y[:, :, 0], y[:, :, 1])
+        return y if residual is None else residual + y
 
     @property
     def _scale(self) -> float:

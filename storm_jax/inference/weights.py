@@ -7,52 +7,36 @@ half as many, larger products.
 Axis letters beside the project's own: G query heads that share a key-value head, M hidden units.
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import qwix
 
 from storm_jax.config import ConfigError, ModelConfig
-from storm_jax.inference import float8
 from storm_jax.inference import vit as vits
+from storm_jax.inference.linear import Float8Matrix, Matrix, outputs_first, quantized
 from storm_jax.inference.vit import Float8Layer, VitLayer
-from storm_jax.models.layers import product
 from storm_jax.models.storm import Params
 from storm_jax.parallel import sharding
 
 Quantization = Literal["", "int8", "fp8", "fp8_dynamic"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("", "int8", "fp8", "fp8_dynamic")
-Stored = Literal["int8", "fp8"]
-_STORED = {"int8": jnp.int8, "fp8": float8.DTYPE}
-# Products of fewer tokens are bound by reading the matrix: their inputs are not rounded too.
-FEWEST_TOKENS = 32
-
-
-class Float8Matrix(NamedTuple):
-    """A matrix in float8 whose inputs are rounded to float8 too where there are many."""
-
-    stored: qwix.QArray
-
-
-Matrix = jax.Array | qwix.QArray | Float8Matrix
 
 
 class LayerWeights(NamedTuple):
     """One layer of the decoder; None where the family has no such parameter."""
 
     attention_norm: jax.Array  # [D]
-    qkv: Matrix  # [D, K, G + 2, C]: the queries of a key-value head, its key, its value
-    qkv_bias: jax.Array | None  # float32 [K, G + 2, C]
+    qkv: Matrix  # [K, G + 2, C, D]: the queries of a key-value head, its key, its value
+    qkv_bias: jax.Array | None  # [K, G + 2, C]
     query_norm: jax.Array | None  # [C]
     key_norm: jax.Array | None  # [C]
-    out: Matrix  # [K, G, C, D]
+    out: Matrix  # [D, K, G, C]
     attention_post_norm: jax.Array | None  # [D]
     mlp_norm: jax.Array  # [D]
-    gate_up: Matrix  # [D, 2, M]
-    down: Matrix  # [M, D]
+    gate_up: Matrix  # [2, M, D]
+    down: Matrix  # [D, M]
     mlp_post_norm: jax.Array | None  # [D]
 
 
@@ -64,15 +48,15 @@ class Weights(NamedTuple):
     embedding: jax.Array  # [V, D]
     layers: tuple[LayerWeights, ...]
     norm: jax.Array  # [D]
-    head: Matrix | None  # [D, V]; None: the embedding's
+    head: Matrix | None  # [V, D]; None: the embedding
 
 
 _AXES: dict[str, sharding.Axes] = {
-    "qkv": (None, "kv_heads", None, None),
+    "qkv": ("kv_heads", None, None, None),
     "qkv_bias": ("kv_heads", None, None),
-    "out": ("kv_heads", None, None, None),
-    "gate_up": (None, None, "mlp"),
-    "down": ("mlp", None),
+    "out": (None, "kv_heads", None, None),
+    "gate_up": (None, "mlp", None),
+    "down": (None, "mlp"),
 }
 
 
@@ -168,7 +152,7 @@ def prepare(
         head = None
         if not config.tied_embeddings:
             kind: Quantization = "fp8" if quantization == "fp8_dynamic" else quantization
-            store = jax.jit(lambda w: _stored(w, (None, "vocab"), 1, kind))
+            store = jax.jit(lambda w: _stored(w, ("vocab", None), 1, kind))
             head = store(decoder.pop("head")["weight"])
         store = jax.jit(lambda table: sharding.shard(table, "vocab", None))
         embedding = store(decoder.pop("embedding")["table"])
@@ -186,78 +170,9 @@ def prepare(
 
 
 def _stored(weight, axes: sharding.Axes, contracted: int, kind: Quantization) -> Matrix:
+    """A parameter as it is kept: a matrix, if axes are contracted, or what is no matrix."""
+    weight = sharding.shard(outputs_first(weight, contracted), *axes)
     if not (contracted and kind):
-        return sharding.shard(weight, *axes)
-    turned = (*axes[contracted:], *axes[:contracted])
+        return weight
     matrix = quantized(weight, contracted, "int8" if kind == "int8" else "fp8")
-    matrix = jax.tree.map(lambda x: sharding.shard(x, *turned), matrix)
     return Float8Matrix(matrix) if kind == "fp8_dynamic" else matrix
-
-
-def quantized(weight: jax.Array, contracted: int, kind: Stored) -> qwix.QArray:
-    """A matrix in eight bits with one float32 scale for each output channel.
-
-    Args:
-      weight: its first `contracted` axes are summed over.
-
-    Returns:
-      With these axes last: an output channel's weights lie side by side, so that a sum over them
-      reads memory in order.
-    """
-    outputs = weight.ndim - contracted
-    turned = jnp.transpose(weight, (*range(contracted, weight.ndim), *range(contracted)))
-    channels = tuple(range(outputs))
-    return qwix.quantize(turned, _STORED[kind], channelwise_axes=channels, scale_dtype=jnp.float32)
-
-
-def apply(
-    x: jax.Array, weight: Matrix, contracted: int, dtype: jnp.dtype | None = None
-) -> jax.Array:
-    """x @ weight over the last `contracted` axes of x.
-
-    A quantized matrix is widened as it is read, and the result scaled. For a single token XLA's
-    sums read it twice as fast as its products do. For many tokens and a `Float8Matrix` x is rounded
-    to float8, token by token, and nothing is widened.
-
-    Args:
-      dtype: of the result; None: that of x.
-    """
-    n = contracted
-    summed = tuple(range(x.ndim - n, x.ndim))
-    if isinstance(weight, Float8Matrix):
-        if math.prod(x.shape[: x.ndim - n]) >= FEWEST_TOKENS:
-            return _in_float8(x, weight.stored, n).astype(dtype or x.dtype)
-        weight = weight.stored
-    if not isinstance(weight, qwix.QArray):
-        dims = (summed, tuple(range(n)))
-        return product(x, weight, dims, lambda x, w: (*x[:-n], *w[n:]), dtype=dtype)
-    values, outputs = weight.qvalue, weight.ndim - n
-    lead = x.shape[: x.ndim - n]
-    if math.prod(lead) == 1:
-        # Without the barrier x would be computed again for every output channel.
-        x = jax.lax.optimization_barrier(x)
-        wide = x.reshape(x.shape[x.ndim - n :]).astype(jnp.float32) * values.astype(jnp.float32)
-        y = jnp.sum(wide, axis=tuple(range(outputs, weight.ndim)))
-        y = jnp.expand_dims(y, tuple(range(len(lead))))
-    else:
-        dims = (summed, tuple(range(outputs, weight.ndim)))
-        y = product(
-            x,
-            values.astype(x.dtype),
-            dims,
-            lambda x, w: (*x[:-n], *w[:outputs]),
-            dtype=jnp.float32,
-        )
-    scale = jnp.squeeze(weight.scale, axis=tuple(range(outputs, weight.ndim)))
-    return (y * scale).astype(dtype or x.dtype)
-
-
-def _in_float8(x: jax.Array, weight: qwix.QArray, contracted: int) -> jax.Array:
-    """`apply` with float8 on both sides; float32."""
-    lead, inputs = x.shape[: x.ndim - contracted], math.prod(x.shape[x.ndim - contracted :])
-    outputs = weight.shape[: weight.ndim - contracted]
-    x_TI, scale_T1 = float8.by_token(x.reshape(math.prod(lead), inputs))
-    weight_OI = weight.qvalue.reshape(math.prod(outputs), inputs)
-    # The product in x's dtype: half of what would be written, and read again, in float32.
-    y_TO = float8.product(x_TI, weight_OI, x.dtype).astype(jnp.float32)
-    return (y_TO * scale_T1 * weight.scale.reshape(-1)).reshape(*lead, *outputs)

@@ -12,10 +12,16 @@ from storm_jax.config import VISUAL, ConfigError, MeshConfig
 from storm_jax.inference import float8
 from storm_jax.inference.cache import empty_cache
 from storm_jax.inference.engine import Engine
+from storm_jax.inference.linear import (
+    FEWEST_TOKENS,
+    Float8Matrix,
+    apply,
+    outputs_first,
+    quantized,
+)
 from storm_jax.inference.load import made_ready, replicas
 from storm_jax.inference.prefill import frame_tokens
 from storm_jax.inference.sampling import Sampling
-from storm_jax.inference.weights import FEWEST_TOKENS, Float8Matrix, apply, quantized
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel.mesh import make_mesh
 from tests.inference.test_engine import FAMILIES, perturbed
@@ -54,7 +60,9 @@ def test_products_of_tokens(shape, contracted, dtype, unit):
     x *= 10 ** rng.uniform(-3, 3, TOKENS).reshape(1, -1, *[1] * contracted)
     x[:, :, 0] *= 1e-5
     x = jnp.asarray(x, dtype)
-    stored = quantized(jnp.asarray(weight, jnp.float32), contracted, "fp8")
+    stored = quantized(
+        outputs_first(jnp.asarray(weight, jnp.float32), contracted), contracted, "fp8"
+    )
     got = np.asarray(apply(x, Float8Matrix(stored), contracted), np.float64)
     inputs = int(np.prod(shape[:contracted]))
     x_TI = np.asarray(x, np.float64).reshape(TOKENS, inputs)
@@ -73,7 +81,7 @@ def test_products_of_tokens(shape, contracted, dtype, unit):
 
 def test_a_token_does_not_depend_on_others_and_few_are_not_rounded():
     rng = np.random.default_rng(1)
-    stored = quantized(jnp.asarray(rng.normal(size=(48, 32)), jnp.float32), 1, "fp8")
+    stored = quantized(jnp.asarray(rng.normal(size=(32, 48)), jnp.float32), 1, "fp8")
     matrix = Float8Matrix(stored)
     x = jnp.asarray(rng.normal(size=(1, TOKENS, 48)), jnp.float32)
     beside = x.at[:, 1].mul(1e6).at[:, 2].set(0)
@@ -86,7 +94,7 @@ def test_a_token_does_not_depend_on_others_and_few_are_not_rounded():
 
 
 def test_a_score_that_is_not_finite_stays_so():
-    stored = quantized(jnp.ones((48, 32), jnp.float32), 1, "fp8")
+    stored = quantized(jnp.ones((32, 48), jnp.float32), 1, "fp8")
     for bad in (jnp.inf, jnp.nan):
         x = jnp.ones((TOKENS, 48), jnp.float32).at[3, 5].set(bad)
         finite = np.isfinite(apply(x, Float8Matrix(stored), 1)).all(axis=1)

@@ -9,9 +9,9 @@ import pytest
 
 from storm_jax.config import MeshConfig
 from storm_jax.inference.engine import Engine
+from storm_jax.inference.linear import apply, outputs_first, quantized
 from storm_jax.inference.load import made_ready
 from storm_jax.inference.sampling import Sampling
-from storm_jax.inference.weights import apply, quantized
 from storm_jax.models.storm import StormModel
 from storm_jax.parallel.mesh import make_mesh
 from tests.inference.test_engine import FAMILIES, perturbed
@@ -28,7 +28,9 @@ def test_products(kind, tokens, shape, contracted):
     rng = np.random.default_rng(0)
     weight = rng.normal(size=shape).astype(np.float32) * rng.uniform(0.1, 9, shape[contracted:])
     x = rng.normal(size=(1, tokens, *shape[:contracted])).astype(np.float32)
-    matrix = quantized(jnp.asarray(weight, jnp.float32), contracted, kind)
+    matrix = quantized(
+        outputs_first(jnp.asarray(weight, jnp.float32), contracted), contracted, kind
+    )
     assert matrix.qvalue.dtype.itemsize == 1
     inputs = tuple(range(matrix.ndim - contracted, matrix.ndim))
     stood_for = np.asarray(matrix.qvalue, np.float64) * np.asarray(matrix.scale, np.float64)
@@ -60,19 +62,17 @@ def test_a_quantized_model_answers_as_its_rounded_weights_do(kind, devices):
 
     small = loaded(kind)
     plain = loaded("")
-    rounded = []
-    for layer in small.weights.layers:
-        fields = {}
-        for name, contracted in (("qkv", 1), ("out", 3), ("gate_up", 1), ("down", 1)):
-            matrix = getattr(layer, name)
-            values = matrix.qvalue.astype(jnp.float32) * matrix.scale
-            outputs = matrix.ndim - contracted
-            order = (*range(outputs, matrix.ndim), *range(outputs))
-            fields[name] = jnp.transpose(values, order)
-        rounded.append(layer._replace(**fields))
-    head = small.weights.head
+
+    def widened(matrix):
+        return matrix.qvalue.astype(jnp.float32) * matrix.scale
+
+    names = ("qkv", "out", "gate_up", "down")
     weights = plain.weights._replace(
-        layers=tuple(rounded), head=(head.qvalue.astype(jnp.float32) * head.scale).T
+        layers=tuple(
+            layer._replace(**{name: widened(getattr(layer, name)) for name in names})
+            for layer in small.weights.layers
+        ),
+        head=widened(small.weights.head),
     )
     tokens = np.random.default_rng(1).integers(0, config.decoder.vocab_size, 9).astype(np.int32)
 

@@ -17,7 +17,8 @@ from storm_kernels import triton_launch
 from storm_kernels.selective_scan import triton_gpu
 
 _TYPES = {
-    "float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int8": "*i8", "int32": "*i32",
+    "float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv",
+    "int8": "*i8", "int32": "*i32",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ hardware's own error (ex2 and div.full 2 ulp, lg2 2^-22 absolute, tanh 2^-11 rel
 imitated. NaN results need not carry the hardware's payload.
 """
 
+import ml_dtypes
 import numpy as np
 
 DTYPES = {
@@ -16,7 +17,7 @@ DTYPES = {
     "u16": np.uint16, "s16": np.int16, "f16": np.float16, "bf16": np.uint16, "b32": np.uint32,
     "u32": np.uint32, "s32": np.int32, "f32": np.float32, "f16x2": np.uint32, "bf16x2": np.uint32,
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64, "f32x2": np.uint64,
-    "tf32": np.uint32,
+    "tf32": np.uint32, "e4m3x2": np.uint16,
 }  # fmt: skip
 FLOATS = ("f16", "bf16", "f32", "f64")
 PACKED = {"f16x2": "f16", "bf16x2": "bf16", "f32x2": "f32"}
@@ -322,6 +323,8 @@ def convert(instruction):
     to_zero = "rz" in modifiers
     if any(m in ("rm", "rp", "rna", "satfinite", "relu") for m in modifiers):
         return None
+    if (target, source) == ("f16x2", "e4m3x2"):
+        return _from_float8
     if target in PACKED:
         if source != "f32" or to_zero:
             return None
@@ -346,6 +349,12 @@ def convert(instruction):
         low, high = max(limits.min, own.min), min(limits.max, own.max)
         return lambda x: np.clip(x, low, high).astype(DTYPES[target])
     return lambda x: x.astype(DTYPES[target])
+
+
+def _from_float8(x):
+    """Two float8 (e4m3, without infinities) in a word of 16 bits as two f16, exactly."""
+    parts = np.ascontiguousarray(x).view(ml_dtypes.float8_e4m3fn).reshape(-1, 2)
+    return pack([round_f16(parts[:, k].astype(np.float32)) for k in (0, 1)])
 
 
 def _float_to_float(modifiers, target, source, to_zero):

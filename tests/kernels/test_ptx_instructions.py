@@ -187,6 +187,23 @@ def test_rounding_to_halves(kind):
     np.testing.assert_array_equal(pair & 0xFFFF, one[64:128])
 
 
+def test_float8_to_halves():
+    """Sign, four bits of exponent around 7, three of fraction; NaN where all but the sign are."""
+    byte = np.arange(256)
+    sign, exponent, fraction = byte >> 7, byte >> 3 & 15, byte & 7
+    value = np.where(
+        exponent == 0, fraction / 8 * 2.0**-6, (1 + fraction / 8) * 2.0 ** (exponent - 7.0)
+    )
+    value = np.where(sign == 1, -value, value)
+    pairs = (byte | byte[::-1] << 8).astype(np.uint16)
+    got = apply("cvt.rn.f16x2.e4m3x2 {d}, {0}", pairs)
+    for halves, wanted in ((got & 0xFFFF, value), (got >> 16, value[::-1])):
+        halves = halves.astype(np.uint16).view(np.float16)
+        nan = np.abs(wanted) == 480
+        assert np.isnan(halves[nan]).all()
+        np.testing.assert_array_equal(halves[~nan], wanted[~nan])
+
+
 def test_float_to_integer():
     x = np.array([2.5, 3.5, -2.5, -0.5, 1e20, -1e20, np.nan, 7], np.float32).view(np.uint32)
     for how, expected in [
