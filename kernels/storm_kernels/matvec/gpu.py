@@ -38,12 +38,12 @@ class _Cut(NamedTuple):
 
 def _cut(rows: int, words: int, gated: bool) -> _Cut:
     """For a matrix of so many rows of so many words of 32 bits."""
-    warps = 4 if words <= 1024 else 8 if words <= 2048 else 16
+    warps = 4 if words <= 2048 else 8 if words <= 5120 else 16
     tiles = -(-words // (128 * warps))  # of 16 bytes a thread
-    # Eight of them on their way in a thread, and as many that are added.
-    together = max(8 // tiles // (2 if gated else 1), 1)
+    # So many of them on their way in a thread, and as many that are added.
+    together = max((8 if warps < 16 else 10) // tiles // (2 if gated else 1), 1)
     together = 1 << (together.bit_length() - 1)
-    return _Cut(together, warps, min(max(rows // (together * _PROGRAMS), 1), 32))
+    return _Cut(together, warps, min(max(rows // (together * _PROGRAMS), 1), 16))
 
 
 def unsupported(x_C: jax.Array, w_RC: jax.Array) -> str | None:
