@@ -123,6 +123,7 @@ def test_killed_and_started_again(whole, checkpoint, data, tmp_path):
     assert result["run"]["items"] == ITEMS - done.count(b"\n")
 
 
+@pytest.mark.exhaustive  # two engines: evaluation/test_answering.py
 @pytest.mark.slow
 def test_eight_devices_answer_as_one(whole, checkpoint, data, tmp_path):
     env = command_environment()

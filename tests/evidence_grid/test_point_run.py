@@ -64,6 +64,7 @@ def test_seeds_differ_in_parameters_and_order(run):
     assert (order[:, 0] != order[:, 1]).any()
 
 
+@pytest.mark.exhaustive  # `test_same_training` compares a point with the command
 @pytest.mark.slow
 def test_points_share_stages_and_leave_results(recipe, data, tmp_path):
     more = dataclasses.replace(recipe, point=dataclasses.replace(recipe.point, frames=16))

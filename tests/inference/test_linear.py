@@ -20,6 +20,7 @@ from tests.tiny import run_config, tiny_model
 
 pytest.importorskip("triton")
 
+exhaustive = (pytest.mark.slow, pytest.mark.exhaustive)
 TOKENS = np.array([5, 1, 7, 2, 40, 33, 8, 21], np.int32)
 
 
@@ -76,9 +77,9 @@ def off(found, exact):
     [
         ("qwen2", "int8"),
         ("gemma3", ""),
-        pytest.param("qwen2", "", marks=pytest.mark.slow),
-        pytest.param("qwen2", "fp8", marks=pytest.mark.slow),
-        pytest.param("gemma2", "int8", marks=pytest.mark.slow),
+        pytest.param("qwen2", "", marks=exhaustive),
+        pytest.param("qwen2", "fp8", marks=exhaustive),
+        pytest.param("gemma2", "int8", marks=exhaustive),
     ],
 )
 def test_the_kernel_changes_nothing_but_roundings(family, quantization, emulated_gpu, request):  # noqa: F811

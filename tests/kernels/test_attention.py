@@ -90,8 +90,8 @@ SHAPES = [
     (1, 64, 2),
     (2, 40, 1),
     (1, 129, 1),
-    pytest.param(2, 256, 2, marks=pytest.mark.slow),
-    pytest.param(1, 320, 1, marks=pytest.mark.slow),
+    pytest.param(2, 256, 2, marks=(pytest.mark.slow, pytest.mark.exhaustive)),
+    pytest.param(1, 320, 1, marks=(pytest.mark.slow, pytest.mark.exhaustive)),
     pytest.param(1, 729, 1, marks=pytest.mark.slow),
     pytest.param(1, 1024, 1, marks=pytest.mark.slow),
 ]

@@ -159,7 +159,7 @@ def test_data_fsdp_tensor_equals_one_device(mesh):
         # 3 key-value heads on 2 devices: neither a multiple nor a divisor.
         (MeshConfig(data=2, fsdp=2, tensor=2), 6, 3, 48),
         # 6 heads on 4 devices: their parameters are whole, attention is split with 8 heads.
-        (MeshConfig(data=2, fsdp=1, tensor=4), 6, 2, 48),
+        pytest.param(MeshConfig(data=2, fsdp=1, tensor=4), 6, 2, 48, marks=pytest.mark.exhaustive),
     ],
 )
 def test_other_meshes_equal_one_device(config, heads, kv_heads, vocab_size):
