@@ -1,11 +1,37 @@
 """Calls Gluon kernels from JAX, through jax-triton."""
 
 import functools
+import importlib.util
 from collections.abc import Callable
 
+import jax
 from jax import lax
 
-from storm_kernels.selective_scan.call import varying_axes
+from storm_kernels.platforms import varying_axes
+
+
+def not_installed() -> str | None:
+    """Why no kernel can be compiled here, or None if one can."""
+    if importlib.util.find_spec("jax_triton") is None:
+        return "jax-triton is not installed (pip install 'storm_jax[cuda]', Python 3.12 or newer)"
+    return None
+
+
+def device_unsupported(serves: Callable[[float], bool], wanted: str) -> str | None:
+    """Why a kernel does not run on the GPUs of this process, or None if it does.
+
+    Args:
+      serves: whether it is for a compute capability, such as 9.0.
+      wanted: which these are.
+    """
+    if (reason := not_installed()) is not None:
+        return reason
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return "this process has no GPU"
+    there = device.compute_capability
+    return None if serves(float(there)) else f"it is for compute capability {wanted}, not {there}"
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from storm_jax.models.attention_kernels import cudnn_serves, masked_attention
-from storm_kernels.selective_scan.platforms import platform_of
+from storm_kernels.platforms import platform_of
 
 _FEW_ROWS = 4  # below it XLA's products, of which one serves a row, are faster than cuDNN
 

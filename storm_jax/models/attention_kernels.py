@@ -19,7 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from storm_kernels import attention as hopper
-from storm_kernels.selective_scan.platforms import platform_of
+from storm_kernels.platforms import platform_of
 
 # Names for remat policies (`config.SAVED_NAMES`).
 RESULT = "attention"

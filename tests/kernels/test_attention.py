@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from ml_dtypes import bfloat16  # noqa: E402
 
 from storm_kernels import attention as package  # noqa: E402
+from storm_kernels import triton_launch  # noqa: E402
 from storm_kernels.attention import gpu  # noqa: E402
 from tests.kernels import ptx_emulator  # noqa: E402
 from tests.kernels.gpu_emulation import emulated_gpu, recorded_launches  # noqa: E402, F401
@@ -259,9 +260,9 @@ def test_what_is_not_served(monkeypatch):
     served = like(64, 1024, 16, C)
     assert package.unsupported(served) == "it needs an NVIDIA GPU"
     monkeypatch.setattr(gpu, "platform_of", lambda x: "gpu")
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: None)
     assert "jax-triton is not installed" in package.unsupported(served)
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: name)
     if jax.default_backend() == "cpu":
         assert package.unsupported(served) == "this process has no GPU"
 

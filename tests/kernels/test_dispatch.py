@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from storm_kernels.platforms import platform_of
 from storm_kernels.selective_scan import dispatch, selective_scan
 from storm_kernels.selective_scan.checks import checked_call
-from storm_kernels.selective_scan.platforms import platform_of
 from tests.kernels.scan_cases import inputs
 
 

@@ -67,7 +67,8 @@ def reference(
         steep = gate
         if activation == "gelu_tanh":
             steep = 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
-        smooth = gate / (1 + np.exp(-steep))
+        with np.errstate(over="ignore"):
+            smooth = gate / (1 + np.exp(-steep))
         # Nowhere is the slope above 1.13.
         y, size = smooth * up, 1.13 * size[0] * (np.abs(up) + size[1]) + np.abs(smooth) * size[1]
         size = rounding(y, size, final)

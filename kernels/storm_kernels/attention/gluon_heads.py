@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from storm_kernels.selective_scan.gluon_lanes import copy_to_shared
+from storm_kernels.gluon_copies import copy_to_shared
 
 
 @gluon.constexpr_function

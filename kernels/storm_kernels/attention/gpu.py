@@ -7,7 +7,6 @@ Axis letters: B batch, N tokens, H heads, C head dim.
 """
 
 import functools
-import importlib.util
 import math
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from storm_kernels.once import not_differentiable
-from storm_kernels.selective_scan.platforms import platform_of
-from storm_kernels.triton_launch import launch
+from storm_kernels.platforms import platform_of
+from storm_kernels.triton_launch import device_unsupported, launch
 
 CHANNELS = 72
 _STAGES = 3  # tiles in shared memory
@@ -58,14 +57,7 @@ def _shape_unsupported(q_BNHC: jax.Array) -> str | None:
 
 
 def _device_unsupported() -> str | None:
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed (pip install 'storm_jax[cuda]', Python 3.12 or newer)"
-    try:
-        device = jax.local_devices(backend="cuda")[0]
-    except RuntimeError:
-        return "this process has no GPU"
-    capability = device.compute_capability
-    return None if capability == "9.0" else f"it is for compute capability 9.0, not {capability}"
+    return device_unsupported(lambda capability: capability == 9.0, "9.0")
 
 
 def attention(q_BNHC: jax.Array, k_BNHC: jax.Array, v_BNHC: jax.Array, *, scale: float):

@@ -3,16 +3,14 @@
 Axis letters: R rows of the matrix, which are outputs, C columns, which are inputs.
 """
 
-import functools
-import importlib.util
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from storm_kernels.once import not_differentiable
-from storm_kernels.selective_scan.platforms import platform_of
-from storm_kernels.triton_launch import launch
+from storm_kernels.platforms import platform_of
+from storm_kernels.triton_launch import device_unsupported, launch
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _VECTOR = 16  # bytes of the matrix that a lane reads at a time
@@ -67,18 +65,9 @@ def _operands_unsupported(x_C: jax.Array, w_RC: jax.Array) -> str | None:
     return None
 
 
-@functools.cache
 def _device_unsupported(float8: bool) -> str | None:
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed (pip install 'storm_jax[cuda]', Python 3.12 or newer)"
-    try:
-        device = jax.local_devices(backend="cuda")[0]
-    except RuntimeError:
-        return "this process has no GPU"
     least = 8.9 if float8 else 8.0
-    if float(device.compute_capability) < least:
-        return f"it needs compute capability {least}, not {device.compute_capability}"
-    return None
+    return device_unsupported(lambda capability: capability >= least, f"{least} and later")
 
 
 def matvec(

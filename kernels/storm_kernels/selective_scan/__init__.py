@@ -3,7 +3,7 @@
 from storm_kernels.selective_scan.api import selective_scan
 from storm_kernels.selective_scan.bidirectional import selective_scan_bidirectional
 from storm_kernels.selective_scan.dispatch import IMPLEMENTATIONS
-from storm_kernels.selective_scan.platforms import Layout, preferred_layout
+from storm_kernels.selective_scan.layouts import Layout, preferred_layout
 from storm_kernels.selective_scan.sharded import selective_scan_sharded
 from storm_kernels.selective_scan.step import selective_scan_step
 

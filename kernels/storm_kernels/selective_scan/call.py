@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from storm_kernels.once import not_differentiable
+from storm_kernels.platforms import varying_axes
 
 
 @functools.partial(
@@ -67,11 +68,6 @@ def differentiable_once(implementation: str) -> Callable[[Callable], Callable]:
         "implementation='reference' (or 'xla'), which keeps every state, [length, batch, channels,"
         " state],",
     )
-
-
-def varying_axes(x: jax.Array) -> frozenset[str]:
-    """The manual mesh axes over which x varies; empty outside `jax.shard_map`."""
-    return jax.typeof(x).manual_axis_type.varying
 
 
 def promote_varying(call: ScanCall, also: tuple[str, ...] = ()) -> ScanCall:

@@ -8,9 +8,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from storm_kernels.platforms import platform_of
 from storm_kernels.selective_scan import reference, xla, xla_ends
 from storm_kernels.selective_scan.call import ScanCall
-from storm_kernels.selective_scan.platforms import platform_of
 
 Name = Literal["reference", "xla", "pallas_tpu", "triton_gpu"]
 IMPLEMENTATIONS: tuple[Name, ...] = ("reference", "xla", "pallas_tpu", "triton_gpu")

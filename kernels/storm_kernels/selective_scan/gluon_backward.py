@@ -20,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from storm_kernels.gluon_copies import copy_to_shared
 from storm_kernels.selective_scan.gluon_elementwise import step_gradients, step_operands
 from storm_kernels.selective_scan.gluon_gradients import (
     add_party,
@@ -29,7 +30,6 @@ from storm_kernels.selective_scan.gluon_gradients import (
     total_of,
 )
 from storm_kernels.selective_scan.gluon_lanes import (
-    copy_to_shared,
     keep,
     lane_sum,
     load_marks,

@@ -8,8 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from storm_kernels.gluon_copies import copy_to_shared
 from storm_kernels.selective_scan.gluon_lanes import (
-    copy_to_shared,
     peel,
     row_layout,
     steps_of,

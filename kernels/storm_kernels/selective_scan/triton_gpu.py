@@ -10,7 +10,6 @@ Axis letters: B batch, L length, E channels, K groups, G SSM state size.
 
 import dataclasses
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from storm_kernels.platforms import platform_of
 from storm_kernels.selective_scan.call import ScanCall, differentiable_once, promote_varying
-from storm_kernels.selective_scan.platforms import platform_of
 from storm_kernels.selective_scan.segments import segment_marks
 from storm_kernels.selective_scan.shapes import (
     GPU_BACKWARD,
@@ -30,7 +29,7 @@ from storm_kernels.selective_scan.shapes import (
     forward_sweep,
     gpu_segments,
 )
-from storm_kernels.triton_launch import launch
+from storm_kernels.triton_launch import launch, not_installed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +70,8 @@ def unsupported(call: ScanCall) -> str | None:
         return "an operand is float64 and the kernels compute in float32"
     if platform_of(call.u) != "gpu":
         return "it needs an NVIDIA GPU"
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed (pip install 'storm_jax[cuda]', Python 3.12 or newer)"
+    if (reason := not_installed()) is not None:
+        return reason
     # A grid's second and third axes end at 65535: rows, and segments in the backward.
     longest = 65535 * GPU_BACKWARD.segment
     if call.length > longest or call.u.shape[0] > 65535:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from storm_kernels.platforms import platform_of
 from storm_kernels.selective_scan import xla_chunk
 from storm_kernels.selective_scan.call import ScanCall
-from storm_kernels.selective_scan.platforms import platform_of
 from storm_kernels.selective_scan.reference import softplus
 from storm_kernels.selective_scan.segments import segment_marks
 from storm_kernels.selective_scan.shapes import default_chunk

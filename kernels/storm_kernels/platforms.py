@@ -1,19 +1,6 @@
-"""The platform that a call will run on, known while it is traced."""
-
-from typing import Literal
+"""Where a call will run, known while it is traced."""
 
 import jax
-
-Layout = Literal["bld", "bdl"]
-
-
-def preferred_layout(x: jax.Array) -> Layout:
-    """The layout of u, delta, z and y that is fastest where computation on x is traced for.
-
-    "bdl" on GPUs, where a thread takes consecutive positions of one channel; "bld" elsewhere,
-    where channels fill the vector units.
-    """
-    return "bdl" if platform_of(x) == "gpu" else "bld"
 
 
 def platform_of(x: jax.Array) -> str:
@@ -35,3 +22,8 @@ def platform_of(x: jax.Array) -> str:
 
 def _common(name: str) -> str:
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes over which x varies; empty outside `jax.shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying
