@@ -223,7 +223,7 @@ class CachedDecoder:
         residual: jax.Array | None = None,
         dtype: jnp.dtype | None = None,
     ) -> jax.Array:
-        """residual + (gate(weight norm(x)) + bias), one kernel for one token where there is one."""
+        """residual + gate(weight norm(x) + bias); for one token one kernel, where there is one."""
         config = self.config
         if kernel_serves(x, weight, contracted):
             return apply_to_token(

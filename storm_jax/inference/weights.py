@@ -88,8 +88,8 @@ def prepare(
       mesh: the devices; matrices are split over "tensor" where it divides them.
       quantization: of the decoder's matrices, the head's included, one scale an output channel;
         "": they keep their dtype. The embedding keeps it, also where it is the head's matrix. With
-        "fp8_dynamic" products of `FEWEST_TOKENS` tokens or more take float8 on both sides, the
-        head's excepted, and the ViT's products do.
+        "fp8_dynamic" products of `linear.FEWEST_TOKENS` tokens or more take float8 on both sides,
+        the head's excepted, and the ViT's products do.
 
     Raises:
       ConfigError: an unknown kind, or "fp8_dynamic" on several devices.

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from ml_dtypes import bfloat16, float8_e4m3fn  # noqa: E402
 
 from storm_kernels import matvec as package  # noqa: E402
+from storm_kernels import triton_launch  # noqa: E402
 from storm_kernels.matvec import gpu  # noqa: E402
 from tests.kernels.gpu_emulation import emulated_gpu, recorded_launches  # noqa: E402, F401
 
@@ -223,9 +224,23 @@ def test_wrong_operands(operands, given, message):
         package.matvec(*operands, **given)
 
 
-def test_it_needs_a_gpu():
+def test_it_needs_a_gpu(monkeypatch):
     with pytest.raises(ValueError, match="NVIDIA GPU"):
         package.matvec(X, W)
+    monkeypatch.setattr(gpu, "platform_of", lambda x: "gpu")
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: name)
+
+    class Device:
+        compute_capability = "8.6"
+
+    monkeypatch.setattr(triton_launch.jax, "local_devices", lambda backend: [Device])
+    assert package.unsupported(X, W) is None
+    float8 = W.astype(jnp.float8_e4m3fn)
+    assert package.unsupported(X, float8) == "it is for compute capability 8.9 and later, not 8.6"
+    Device.compute_capability = "7.5"
+    assert "8.0 and later, not 7.5" in package.unsupported(X, W)
+    Device.compute_capability = "12.0"
+    assert package.unsupported(X, float8) is None
 
 
 @pytest.mark.parametrize("target", [80, 90, 100])
