@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
+from storm_kernels import triton_launch
 from storm_kernels.selective_scan import selective_scan, triton_gpu
 from storm_kernels.selective_scan.call import ScanCall
 from tests.kernels.gpu_emulation import recorded_launches
@@ -129,7 +130,7 @@ def test_a_call_is_served_if_its_grids_are_within_the_limits(batch, length, serv
     assert all(n <= 65535 for launch in launches for n in launch.grid[1:]) == served
 
     monkeypatch.setattr(triton_gpu, "platform_of", lambda x: "gpu")
-    monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: name)
     call = ScanCall(
         **case, D=None, z=None, delta_bias=None, segment_ids=None, delta_softplus=True,
         reverse=False, layout="bdl", chunk_size=None, output_dtype=jnp.dtype("float32"),
