@@ -33,10 +33,6 @@ def matrix(rng, shape, dtype):
     return (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(dtype)
 
 
-def rounded(x, dtype):
-    return np.asarray(x, np.float32).astype(dtype).astype(np.float64)
-
-
 UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # half of the last place
 
 

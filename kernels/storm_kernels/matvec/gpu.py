@@ -57,7 +57,7 @@ def _operands_unsupported(x_C: jax.Array, w_RC: jax.Array) -> str | None:
         return f"it takes a vector in bfloat16 or float16, not {x_C.dtype}"
     if w_RC.dtype not in (x_C.dtype, jnp.int8, jnp.float8_e4m3fn):
         return f"it takes a matrix in {x_C.dtype}, int8 or float8_e4m3fn, not {w_RC.dtype}"
-    columns, rows = x_C.shape[-1], w_RC.size // max(x_C.size, 1)
+    columns, rows = x_C.size, w_RC.size // max(x_C.size, 1)
     if not rows or rows >= 2**31 or columns * w_RC.dtype.itemsize % _VECTOR:
         return f"a matrix of the shape {w_RC.shape} in {w_RC.dtype}"
     if columns > _MOST_COLUMNS:
