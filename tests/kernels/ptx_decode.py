@@ -442,5 +442,5 @@ _DECODERS = {
     "activemask": exchange.active_mask, "elect": exchange.elect, "redux": exchange.redux,
     "match": exchange.match, "atom": exchange.atomic, "red": exchange.atomic,
     "cp": exchange.copy_async, "ldmatrix": exchange.load_matrix, "stmatrix": exchange.store_matrix,
-    "wgmma": matrix.warpgroup,
+    "wgmma": matrix.warpgroup, "mma": matrix.warp,
 }  # fmt: skip

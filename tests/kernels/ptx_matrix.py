@@ -1,10 +1,12 @@
-"""wgmma: products of warpgroups, with their operands in shared memory or registers.
+"""Tensor cores: wgmma, products of warpgroups, and mma.sync, products of a warp.
 
-bfloat16 and float16 with float32 sums. The product is made when it is issued; until the wait that
-ends it, what it reads counts as being read, so that overwriting it is a race, barrier or not.
-Not checked: that registers are left alone meanwhile, and the proxy fence.
+bfloat16 and float16 with float32 sums. wgmma has its operands in shared memory or registers. Its
+product is made when it is issued; until the wait that ends it, what it reads counts as being read,
+so that overwriting it is a race, barrier or not. Not checked: that registers are left alone
+meanwhile, and the proxy fence.
 
-Layouts are those of the PTX manual ("Asynchronous warpgroup level matrix instructions").
+Layouts are those of the PTX manual ("Warp level matrix instructions", "Asynchronous warpgroup level
+matrix instructions").
 """
 
 import re
@@ -111,6 +113,53 @@ def _product(machine, instruction):
             put(out, mask)
 
     return execute
+
+
+_WARP = re.compile(r"sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.\1\.f32")
+
+
+def warp(machine, instruction):
+    """mma.sync.aligned.m16n8k16"""
+    form = _WARP.fullmatch(".".join(instruction.modifiers))
+    if form is None:
+        raise instruction.unsupported()
+    kind = form[1]
+    sums, a, b, c = (operand.items for operand in instruction.operands)
+    left, right = ([read(machine, item, "b32") for item in x] for x in (a, b))
+    before = [read(machine, item, "f32") for item in c]
+    puts = [write(machine, item, "f32") for item in sums]
+    lane = np.arange(32)
+    row, column = lane // 4, 2 * (lane % 4)
+
+    def execute(mask):
+        if mask is not None and not (active := mask.reshape(-1, 32)).all(1)[active.any(1)].all():
+            raise RuntimeError("part of a warp runs an mma")
+        x = np.empty((machine.threads // 32, 16, _STEP), np.float32)
+        y = np.empty((machine.threads // 32, _STEP, 8), np.float32)
+        for k, get in enumerate(left):
+            pairs = _pairs(get(), kind)
+            for j in (0, 1):
+                x[:, row + 8 * (k % 2), column + 8 * (k // 2) + j] = pairs[:, :, j]
+        for k, get in enumerate(right):
+            pairs = _pairs(get(), kind)
+            for j in (0, 1):
+                y[:, column + 8 * k + j, row] = pairs[:, :, j]
+        with np.errstate(invalid="ignore", over="ignore"):
+            product = np.matmul(x, y)
+            results = [
+                get() + product[:, row + 8 * (k // 2), column + k % 2].ravel()
+                for k, get in enumerate(before)
+            ]
+        for put, result in zip(puts, results, strict=True):
+            put(result, mask)
+
+    return execute
+
+
+def _pairs(registers, kind):
+    """[warps, 32, 2] from a register of two halves a thread."""
+    halves = np.ascontiguousarray(registers).view(np.uint16)
+    return _widened(halves, kind).reshape(-1, 32, 2)
 
 
 def _places(columns):

@@ -1,4 +1,4 @@
-"""wgmma in the PTX emulator: layouts of the operands, sums, and what must be left alone."""
+"""Tensor cores in the PTX emulator: layouts of the operands, sums, and what must be left alone."""
 
 import re
 
@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from ml_dtypes import bfloat16  # noqa: E402
 from triton.experimental import gluon  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2  # noqa: E402
 from triton.experimental.gluon.language.nvidia.hopper import (  # noqa: E402
     fence_async_shared,
     warpgroup_mma,
@@ -135,3 +136,58 @@ def test_part_of_a_warpgroup():
         threads(body, [], 128)
     with pytest.raises(RuntimeError, match="CTAs of 64 threads"):
         threads("wgmma.commit_group.sync.aligned;", [], 64)
+
+
+@gluon.jit
+def warp_product_kernel(
+    a, b, out, M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr,
+):  # fmt: skip
+    """out [M, N] = 1 + a [M, K] times b, [K, N] or (TRANSPOSED) [N, K], by mma.sync."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, gl.num_warps()], [16, 8])
+    lefts: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    rights: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
+    row = gl.arange(0, M, layout=gl.SliceLayout(1, lefts))
+    column = gl.arange(0, K, layout=gl.SliceLayout(0, lefts))
+    left = gl.load(a + row[:, None] * K + column[None, :])
+    ROWS: gl.constexpr = N if TRANSPOSED else K
+    COLUMNS: gl.constexpr = K if TRANSPOSED else N
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [gl.num_warps(), 1], [1, 0])
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows))
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, rows))
+    x = gl.load(b + row[:, None] * COLUMNS + column[None, :])
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, min(COLUMNS // 8, 8), [1, 0])
+    memory = gl.allocate_shared_memory(b.dtype.element_ty, [ROWS, COLUMNS], swizzled, x)
+    if TRANSPOSED:
+        right = memory.permute((1, 0)).load(rights)
+    else:
+        right = memory.load(rights)
+    y = mma_v2(left, right, gl.full([M, N], 1.0, gl.float32, layout))
+    m = gl.arange(0, M, layout=gl.SliceLayout(1, layout))
+    n = gl.arange(0, N, layout=gl.SliceLayout(0, layout))
+    gl.store(out + m[:, None] * N + n[None, :], y)
+
+
+@pytest.mark.parametrize("dtype", [bfloat16, np.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("M", "N", "K", "warps"), [(16, 32, 64, 4), (32, 64, 16, 2)])
+def test_products_of_a_warp(M, N, K, warps, transposed, dtype):
+    a, b, want = operands(M, N, K, transposed, dtype)
+    out = np.zeros((M, N), np.float32)
+    constants = dict(M=M, N=N, K=K, TRANSPOSED=transposed)
+    code = ptx_launch.launch(
+        warp_product_kernel, (1,), {"a": a, "b": b, "out": out}, constants, warps
+    )
+    loads = re.findall(r"ldmatrix\S*", code.ptx)
+    assert loads
+    assert all(("trans" in load) != transposed for load in loads)
+    np.testing.assert_array_equal(out, want)
+
+
+def test_part_of_a_warp():
+    body = """
+    setp.lt.u32 %p1, %r0, 8; @%p1 bra L; ret;
+    L: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+    {%r2, %r3, %r4, %r5}, {%r1, %r1, %r1, %r1}, {%r1, %r1}, {%r2, %r3, %r4, %r5};
+    """
+    with pytest.raises(RuntimeError, match="part of a warp"):
+        threads(body, [], 32)
