@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from storm_jax.models.attention_kernels import cudnn_serves, masked_attention
+from storm_kernels import token_attention as one_row
 from storm_kernels.platforms import platform_of
 
 _FEW_ROWS = 4  # below it XLA's products, of which one serves a row, are faster than cuDNN
@@ -19,7 +20,7 @@ def token_attention(
 ) -> jax.Array:
     """softmax(scale * q k^T) v over the first `valid_B` slots of each row.
 
-    On NVIDIA GPUs cuDNN reads no slot behind them; XLA reads all of them.
+    On NVIDIA GPUs our kernel, for one row, and cuDNN read no slot behind them; XLA reads all.
 
     Args:
       q_BKGC: G queries of each key-value head.
@@ -31,6 +32,10 @@ def token_attention(
       [B, K, G, C] in the dtype of q.
     """
     B, K, G, C = q_BKGC.shape
+    if B == 1 and one_row.unsupported(q_BKGC[0], k_BTKC[0]) is None:
+        return one_row.token_attention(
+            q_BKGC[0], k_BTKC[0], v_BTKC[0], valid_B, scale=scale, softcap=softcap
+        )[None]
     q = q_BKGC.reshape(B, 1, K * G, C)
     if B >= _FEW_ROWS and platform_of(q) == "gpu" and cudnn_serves(q, softcap):
         out = jax.nn.dot_product_attention(
