@@ -1,0 +1,161 @@
+"""Times the attention of one token of one row to its cache: our kernels, and XLA.
+
+    python benchmarks/token_attention.py [--only=qwen2_7b] [--cut=PROGRAMS,TILE,STAGES,WARPS ...]
+        [--out=FILE.json]
+
+Run it on an NVIDIA GPU with the extra `cuda`. A time is that of kernels alone, by the profiler: the
+median, lowest and highest over caches that together do not fit the GPU's own, twice each. "parts"
+reads the slots, "whole" adds what its programs found, "both" is their sum without what passes
+between them. XLA's time is the sum of its kernels' over the number of caches; XLA reads slots that
+are not valid too. "tb_per_s" counts the valid slots. "error" is the largest difference to float64
+over the largest result. `--cut` tries other ways to cut the slots into programs.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import statistics
+import sys
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from benchmarks.matvec import kernels  # noqa: E402
+from storm_jax.models.attention_kernels import masked_attention  # noqa: E402
+from storm_kernels.token_attention import gpu, token_attention  # noqa: E402
+
+_CACHE = 200e6  # bytes: more than a GPU keeps
+_REPEATS = 3  # the first is not counted
+
+
+class Case(NamedTuple):
+    kv_heads: int
+    heads: int  # of a key-value head
+    head_dim: int
+    slots: int
+    valid: int
+    softcap: float = 0.0
+
+
+CASES = {
+    "qwen2_7b": Case(4, 7, 128, 10240, 8256),
+    "qwen2_7b, few": Case(4, 7, 128, 10240, 1000),
+    "qwen2_7b, short": Case(4, 7, 128, 2048, 2000),
+    "qwen2_7b, long": Case(4, 7, 128, 65536, 65000),
+    "gemma3_1b": Case(1, 4, 256, 10240, 8256),
+    "gemma3_1b, window": Case(1, 4, 256, 512, 512),
+    "gemma3_4b": Case(4, 2, 256, 10240, 8256),
+    "gemma3_4b, window": Case(4, 2, 256, 1024, 1024),
+    "gemma2_2b": Case(4, 2, 256, 10240, 8256, 50.0),
+}
+
+
+@jax.jit
+def normal(key: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.random.normal(key, like.shape, like.dtype)
+
+
+def reference(q_KGC, k_TKC, v_TKC, case: Case, scale: float) -> np.ndarray:
+    """The result in float64."""
+    k, v = (np.asarray(x[: case.valid].astype(jnp.float32), np.float64) for x in (k_TKC, v_TKC))
+    q = np.asarray(q_KGC.astype(jnp.float32), np.float64)
+    s = scale * (q @ k.transpose(1, 2, 0))
+    if case.softcap:
+        s = case.softcap * np.tanh(s / case.softcap)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True) @ v.swapaxes(0, 1)
+
+
+def times(us: list[float]) -> dict:
+    return {"us": statistics.median(us), "range": [min(us), max(us)]}
+
+
+def measure(case: Case, cuts) -> dict:
+    """Our kernels, by cut, and XLA."""
+    K, G, C, T, valid, softcap = case
+    one = jnp.zeros((T, K, C), jnp.bfloat16)
+    copies = min(max(2, math.ceil(_CACHE / 2 / one.nbytes)), 40)
+    keys = iter(jax.random.split(jax.random.key(0), 2 * copies + 1))
+    caches = [(normal(next(keys), one), normal(next(keys), one)) for _ in range(copies)]
+    q = normal(next(keys), jnp.zeros((K, G, C), jnp.bfloat16))
+    # A sharp softmax: its result is not the mean of all values, which is nearly zero.
+    scale = 3 / math.sqrt(C)
+    count = jnp.int32(valid)
+    gigabytes = 2 * valid * K * C * 2 / 1e9
+
+    def ours(q, count, caches):
+        return [token_attention(q, k, v, count, scale=scale, softcap=softcap) for k, v in caches]
+
+    def xla(q, count, caches):
+        q = q.reshape(1, 1, K * G, C)
+        mask = (jnp.arange(T) < count)[None, None]
+        return [
+            masked_attention(q, k[None], v[None], mask, scale, softcap).reshape(K, G, C)
+            for k, v in caches
+        ]
+
+    want = reference(q, *caches[0], case, scale)
+
+    def error(got) -> float:
+        off = np.abs(np.asarray(got[0].astype(jnp.float32), np.float64) - want)
+        return float(off.max() / np.abs(want).max())
+
+    def run(call):
+        got = jax.block_until_ready(call(q, count, caches))
+        with kernels() as found:
+            for _ in range(_REPEATS):
+                jax.block_until_ready(call(q, count, caches))
+        return found, error(got)
+
+    result: dict = {
+        "case": case._asdict(), "megabytes": 1e3 * gigabytes, "copies": copies, "kernel": [],
+    }  # fmt: skip
+    rule = gpu._cut
+    for cut in [rule(C), *(gpu._Cut(*cut) for cut in cuts)]:
+        gpu._cut = lambda _, cut=cut: cut
+        call = jax.jit(lambda *args: ours(*args))  # its own: traced with this cut
+        found, off = run(call)
+        gpu._cut = rule
+        parts, whole = (
+            [us for _, us, name in found if kernel in name][copies:]
+            for kernel in ("token_attention_parts", "token_attention_whole")
+        )
+        both = times([a + b for a, b in zip(parts, whole, strict=True)])
+        result["kernel"].append({
+            "cut": cut, "both": both, "parts": times(parts), "whole": times(whole),
+            "tb_per_s": gigabytes / both["us"] * 1e3, "error": off,
+        })  # fmt: skip
+    found, off = run(jax.jit(xla))
+    busy = sum(us for _, us, _ in found) / _REPEATS / copies
+    result["xla"] = {
+        "us": busy, "kernels": len(found) / _REPEATS / copies,
+        "tb_per_s": gigabytes / busy * 1e3, "error": off,
+    }  # fmt: skip
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose names start so")
+    parser.add_argument("--cut", action="append", default=[], metavar="PROGRAMS,TILE,STAGES,WARPS")
+    parser.add_argument(
+        "--out", default=str(ROOT / "benchmarks" / "results" / "token_attention.json")
+    )
+    args = parser.parse_args()
+    cuts = [tuple(map(int, cut.split(","))) for cut in args.cut]
+    result: dict = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    for name, case in CASES.items():
+        if name.startswith(args.only):
+            result[name] = measure(case, cuts)
+            print(name, json.dumps(result[name]), flush=True)
+    pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
