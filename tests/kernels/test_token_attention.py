@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton")
+from jax.sharding import PartitionSpec as P  # noqa: E402
 from ml_dtypes import bfloat16  # noqa: E402
 
 from storm_jax.inference import token_attention as dispatch  # noqa: E402
@@ -180,6 +181,21 @@ def test_one_row_is_dispatched(softcap):
         jax.eval_shape(lambda: attend(1))
         assert [x.name for x in found] == ["token_attention_parts", "token_attention_whole"]
     np.testing.assert_allclose(attend(1), want, atol=0.01, rtol=0.02)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_inside_shard_map():
+    q, k, v = operands(2, 3, 64, 50, 40)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("model",))
+    call = jax.shard_map(
+        lambda q, k, v, n: package.token_attention(q, k, v, n, scale=0.25),
+        mesh=mesh,
+        in_specs=(P("model"), P(None, "model"), P(None, "model"), P()),
+        out_specs=P("model"),
+    )
+    got = jax.jit(call)(*map(jnp.asarray, (q, k, v)), jnp.int32(40))
+    want, bound = reference(q, k, v, 40, 0.25, 0.0)
+    assert (np.abs(np.asarray(got, np.float64) - want) <= bound).all()
 
 
 @pytest.mark.usefixtures("served")
