@@ -9,6 +9,7 @@ who has something else to do meanwhile. Without them the call itself compiles.
 """
 
 import functools
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,7 +20,7 @@ import numpy as np
 
 from storm_jax.config import VISUAL
 from storm_jax.inference.cache import empty_cache
-from storm_jax.inference.decode import begin, decode, no_rows
+from storm_jax.inference.decode import Rows, begin, decode, no_rows
 from storm_jax.inference.load import LoadedModel
 from storm_jax.inference.options import Options
 from storm_jax.inference.prefill import AS_TRAINED, Encoder, Visual, bucket
@@ -28,7 +29,9 @@ from storm_jax.inference.sampling import Sampling, Wishes
 from storm_jax.inference.vit import compiler_options
 from storm_jax.parallel.sharding import shard
 
-STEPS = 8  # tokens of each row that `step` adds at most
+STEPS = 32  # tokens of each row that `step` adds at most
+_FEW = 8  # and at least, if nobody wants fewer
+_CALL = 0.06  # seconds of a call: many times what it costs itself, few for who waits for its end
 _PIECE = 512  # tokens that `extend` computes at a time, since their scores are all there
 _SHORTEST = 32  # prompts are padded to this at least
 
@@ -88,7 +91,9 @@ class Engine:
         self.encode_frames = Encoder(loaded, self.programs)
         self._free = list(range(slots - 1, -1, -1))
         self._slots: dict[int, _Slot] = {}
+        self._pace = _CALL  # seconds of one step of a call
         decoder = loaded.decoder
+        self._weights = loaded.weights.of_decoder()
         large_products = compiler_options(loaded.mesh)
         config = loaded.config.model.decoder
         with jax.set_mesh(loaded.mesh):
@@ -126,13 +131,13 @@ class Engine:
         @functools.partial(jax.jit, donate_argnums=(1, 2))
         def run(weights, cache, rows, until_one, most):
             cache, rows, out = decode(decoder, weights, cache, rows, STEPS, until_one, most)
-            return cache, rows, (out, rows.position, rows.running, rows.stopped, rows.finite)
+            return cache, rows, _packed(out, rows)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def halt(rows, row):
             return rows._replace(running=rows.running.at[row].set(False))
 
-        held = loaded.weights, *described((self._cache, self._rows))
+        held = self._weights, *described((self._cache, self._rows))
         visual, number = described(self._visual), jax.ShapeDtypeStruct((), jnp.int32)
         flag = jax.ShapeDtypeStruct((), jnp.bool_)
         wishes = jax.tree.map(
@@ -237,7 +242,7 @@ class Engine:
         limit = min(sampling.max_new_tokens, self.context - n)
         with jax.set_mesh(self.loaded.mesh):
             self._cache, self._rows = fill(
-                self.loaded.weights, self._cache, self._rows, np.int32(slot),
+                self._weights, self._cache, self._rows, np.int32(slot),
                 _padded(tokens, length), np.int32(n), self._visual, np.int32(limit),
                 Wishes.of(sampling),
             )  # fmt: skip
@@ -269,14 +274,14 @@ class Engine:
             for further, length, at in zip(programs, _pieces(n), range(0, n, _PIECE), strict=True):
                 piece = tokens[at : at + _PIECE]
                 self._cache, self._rows = further(
-                    self.loaded.weights, self._cache, self._rows, np.int32(slot),
+                    self._weights, self._cache, self._rows, np.int32(slot),
                     _padded(piece, length), np.int32(state.length + at), np.int32(len(piece)),
                     self._visual, np.int32(used), np.int32(limit), Wishes.of(sampling),
                 )  # fmt: skip
                 used += int((piece == VISUAL).sum())
         self._start(slot, state.length + n)
 
-    def step(self, hurry: bool | None = None, most: int = STEPS) -> list[Progress]:
+    def step(self, hurry: bool | None = None, most: int | None = None) -> list[Progress]:
         """Adds tokens to the answers that are being made; an entry for each that grew or ended.
 
         Answers whose first token was chosen since the last call give that one alone, at once. Else
@@ -285,7 +290,8 @@ class Engine:
         Args:
           hurry: by fewer as soon as one ends, since somebody waits for its slot; None: if no slot
             is free.
-          most: 1 to `STEPS`.
+          most: 1 to `STEPS`; None: as many as take 60 ms, by the pace of the calls before, but at
+            least 8.
         """
         active = {slot: state for slot, state in self._slots.items() if state.running}
         if not active:
@@ -301,11 +307,16 @@ class Engine:
             return progress
         if hurry is None:
             hurry = not self._free
+        if most is None:
+            most = min(max(int(_CALL / self._pace), _FEW), STEPS)
+        run, began = self._run(), time.perf_counter()
         with jax.set_mesh(self.loaded.mesh):
-            self._cache, self._rows, news = self._run()(
-                self.loaded.weights, self._cache, self._rows, np.bool_(hurry), np.int32(most)
+            self._cache, self._rows, news = run(
+                self._weights, self._cache, self._rows, np.bool_(hurry), np.int32(most)
             )
-        out, position, *about = jax.device_get(news)
+        out, position, *about = _unpacked(np.asarray(news))
+        if most >= _FEW and (out[:, most - 1] >= 0).any():
+            self._pace = (time.perf_counter() - began) / most
         progress = []
         for slot, state in active.items():
             tokens = [int(t) for t in out[slot] if t >= 0]
@@ -360,6 +371,18 @@ class Engine:
         if held + n + 1 > self.context:
             raise ContextError(held + n + 1, self.context)
         return n
+
+
+def _packed(out_BS: jax.Array, rows: Rows) -> jax.Array:
+    """What `step` wants to know, in one array: every copy to the host costs time of its own."""
+    flags = rows.running + 2 * rows.stopped + 4 * rows.finite
+    return jnp.concatenate([out_BS, rows.position[:, None], flags[:, None]], axis=1)
+
+
+def _unpacked(news: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Tokens, position, running, stopped, finite."""
+    flags = news[:, -1]
+    return news[:, :-2], news[:, -2], *((flags & bit) != 0 for bit in (1, 2, 4))
 
 
 def _padded(tokens: np.ndarray, length: int) -> np.ndarray:

@@ -50,6 +50,10 @@ class Weights(NamedTuple):
     norm: jax.Array  # [D]
     head: Matrix | None  # [V, D]; None: the embedding
 
+    def of_decoder(self) -> "Weights":
+        """Without the encoder's and the ViT's: each argument of a call costs time."""
+        return self._replace(encoder={}, vit=())
+
 
 _AXES: dict[str, sharding.Axes] = {
     "qkv": ("kv_heads", None, None, None),

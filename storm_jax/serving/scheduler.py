@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from storm_jax.inference.engine import STEPS, ContextError, Engine
+from storm_jax.inference.engine import ContextError, Engine
 from storm_jax.inference.prefill import Visual
 from storm_jax.inference.programs import CompileError
 from storm_jax.inference.sampling import Sampling
@@ -306,7 +306,7 @@ class Scheduler:
             return False
         waits = self._next() is not None
         fills = self.free_slots and (waits or self._next_medium() is not None)
-        for progress in self._engine.step(hurry=waits, most=1 if fills else STEPS):
+        for progress in self._engine.step(hurry=waits, most=1 if fills else None):
             generation = self._running[progress.slot]
             text, finish = generation.text, progress.finish
             assert text is not None

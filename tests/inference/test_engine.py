@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from storm_jax.config import VISUAL, MeshConfig
-from storm_jax.inference.engine import ContextError, Engine
+from storm_jax.inference.engine import STEPS, ContextError, Engine
 from storm_jax.inference.load import made_ready
 from storm_jax.inference.sampling import Sampling
 from storm_jax.models.storm import StormModel
@@ -339,3 +339,16 @@ def test_lengths_that_share_a_program():
         case.engine.encode(video[:count])
         assert case.engine.can_encode(count)
     assert large() == known
+
+
+def test_a_call_has_as_many_steps_as_its_pace_allows():
+    case = Case("qwen2", slots=1)
+    case.engine.admit(case.prompt(0, 0, 6)[0], [], Sampling(max_new_tokens=80))
+    assert [len(p.tokens) for p in case.engine.step()] == [1]
+    case.engine._pace = 1.0  # seconds
+    assert [len(p.tokens) for p in case.engine.step()] == [8]
+    assert case.engine._pace < 1.0
+    case.engine._pace = 1e-6
+    assert [len(p.tokens) for p in case.engine.step()] == [STEPS]
+    case.engine._pace = 0.06 / 20
+    assert [len(p.tokens) for p in case.engine.step()] == [20]
