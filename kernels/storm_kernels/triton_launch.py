@@ -67,12 +67,13 @@ def _triton_call() -> Callable:
 
 def launch(
     kernel, grid, warps: int, registers: int | None, operands, results, constants: dict,
-    zeroed: tuple[int, ...] = (),
+    zeroed: tuple[int, ...] = (), aliases: dict[int, int] | None = None,
 ):  # fmt: skip
     """Calls a Gluon kernel through jax-triton.
 
     Args:
-        kernel: its parameters are the operands, the results, then the constants.
+        kernel: its parameters are the operands, the results that are no operands, then the
+            constants.
         grid: programs along each axis.
         warps: of a program.
         registers: the most that a thread may use; None leaves it to the compiler.
@@ -80,6 +81,7 @@ def launch(
         results: shapes and dtypes of what the kernel writes.
         constants: compile-time parameters by name.
         zeroed: numbers of the results that are zero before the kernel runs.
+        aliases: numbers of operands that the kernel writes to, and of the results that they become.
 
     Returns:
         The results, varying over the manual mesh axes of the operands.
@@ -96,6 +98,7 @@ def launch(
         name=kernel.__name__,
         backend_options=options,
         zeroed_outputs=zeroed,
+        input_output_aliases=aliases or {},
         **constants,
     )
     axes = frozenset().union(*(varying_axes(x) for x in operands))

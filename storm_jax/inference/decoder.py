@@ -15,12 +15,12 @@ from storm_jax.config import VISUAL, DecoderConfig
 from storm_jax.inference import cache as slots
 from storm_jax.inference.cache import Cache, LayerCache
 from storm_jax.inference.linear import Matrix, apply, apply_to_token, kernel_serves
-from storm_jax.inference.token_attention import token_attention
+from storm_jax.inference.token_attention import token_attention, turned
 from storm_jax.inference.weights import LayerWeights, Weights
 from storm_jax.models.attention import self_attention
 from storm_jax.models.attention_kernels import masked_attention
 from storm_jax.models.decoder import capped, gated
-from storm_jax.models.layers import rms_norm, rotary, rotate
+from storm_jax.models.layers import rms_norm, rotary
 from storm_jax.parallel import sharding
 from storm_kernels.matvec import Norm
 
@@ -86,7 +86,7 @@ class CachedDecoder:
         filled = []
         final = self.config.layers - 1
         for index, (layer, held) in enumerate(zip(weights.layers, cache, strict=True)):
-            q, k, v = self._qkv(index, layer, x_BSD, turns)
+            q, k, v = turned(self._qkv(layer, x_BSD), *self._angles(index, turns))
             filled.append(_write_row(held, k, v, row, 0, count))
             if index < final:
                 h = self._attend_all(index, q, k, v)
@@ -123,7 +123,7 @@ class CachedDecoder:
         turns = self._turns(positions_S[None])
         filled = []
         for index, (layer, held) in enumerate(zip(weights.layers, cache, strict=True)):
-            q, k, v = self._qkv(index, layer, x_BSD, turns)
+            q, k, v = turned(self._qkv(layer, x_BSD), *self._angles(index, turns))
             old = (_row(x, row) for x in held)
             keys, values = (
                 jnp.concatenate([o, n], axis=1) for o, n in zip(old, (k, v), strict=True)
@@ -160,8 +160,9 @@ class CachedDecoder:
         turns = self._turns(positions_B[:, None])
         filled = []
         for index, (layer, held) in enumerate(zip(weights.layers, cache, strict=True)):
-            q, k, v = self._qkv(index, layer, x_BSD, turns)
-            h, held = self._attend_token(q, k, v, held, positions_B, wanted_B)
+            qkv = self._qkv(layer, x_BSD)
+            angles = self._angles(index, turns)
+            h, held = self._attend_token(qkv, angles, held, positions_B, wanted_B)
             filled.append(held)
             x_BSD = self._after(layer, x_BSD, h)
         return self.scores(weights, x_BSD)[:, 0], tuple(filled)
@@ -187,17 +188,20 @@ class CachedDecoder:
             return x
         return rms_norm(x, scale, self.config.norm_eps, plus_one=self.config.norm_plus_one)
 
-    def _qkv(self, index: int, layer: LayerWeights, x_BSD: jax.Array, turns: _Turns):
-        """Queries [B, S, K, G, C], keys and values [B, S, K, C]."""
+    def _angles(self, index: int, turns: _Turns) -> Angles:
+        return turns.local if slots.window_of(self.config, index) else turns.whole
+
+    def _qkv(self, layer: LayerWeights, x_BSD: jax.Array) -> jax.Array:
+        """Queries, a key and a value of each key-value head, before they are turned.
+
+        [B, S, K, G + 2, C], as the kernel for one token takes them.
+        """
         y = self._map(x_BSD, layer.qkv, 1, norm=layer.attention_norm, bias=layer.qkv_bias)
-        qk, v = y[:, :, :, :-1], y[:, :, :, -1]
-        if layer.query_norm is not None:
-            q, k = qk[:, :, :, :-1], qk[:, :, :, -1:]
-            q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
-            qk = jnp.concatenate([q, k], axis=3)
-        cos, sin = turns.local if slots.window_of(self.config, index) else turns.whole
-        qk = rotate(qk, cos[:, :, None], sin[:, :, None])
-        return qk[:, :, :, :-1], qk[:, :, :, -1], v
+        if layer.query_norm is None:
+            return y
+        q, k, v = y[:, :, :, :-2], y[:, :, :, -2:-1], y[:, :, :, -1:]
+        q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
+        return jnp.concatenate([q, k, v], axis=3)
 
     def _after(self, layer: LayerWeights, x_BSD: jax.Array, h_BSKGC: jax.Array) -> jax.Array:
         """What follows attention in a layer."""
@@ -274,26 +278,25 @@ class CachedDecoder:
         call = sharding.per_device(local, (queries, keys, keys, (None, None, None)), queries)
         return call(q_BSKGC, k_BTKC, v_BTKC, mask_BST)
 
-    def _attend_token(self, q_BSKGC, k_BSKC, v_BSKC, held: LayerCache, positions_B, wanted_B):
+    def _attend_token(self, qkv_BSKHC, angles: Angles, held: LayerCache, positions_B, wanted_B):
         softcap = self.config.attention_softcap
 
-        def local(q, k, v, held_k, held_v, positions, wanted):
-            held_k = slots.write_token(held_k, k[:, 0], positions)
-            held_v = slots.write_token(held_v, v[:, 0], positions)
-            # A ring that is full holds the window and nothing else.
-            valid = jnp.where(wanted, jnp.minimum(positions + 1, held_k.shape[1]), 1)
-            h = token_attention(q[:, 0], held_k, held_v, valid, self._scale, softcap)
+        def local(qkv, cos, sin, held_k, held_v, positions, wanted):
+            h, held_k, held_v = token_attention(
+                qkv[:, 0], cos[:, 0], sin[:, 0], held_k, held_v, positions, wanted, self._scale,
+                softcap,
+            )  # fmt: skip
             return h[:, None], held_k, held_v
 
-        keys = (None, None, "kv_heads", None)
-        queries = (None, None, "kv_heads", None, None)
+        heads = (None, None, "kv_heads", None, None)
+        turns = (None, None, None)
         call = sharding.per_device(
             local,
-            (queries, keys, keys, slots.AXES, slots.AXES, (None,), (None,)),
-            (queries, slots.AXES, slots.AXES),
+            (heads, turns, turns, slots.AXES, slots.AXES, (None,), (None,)),
+            (heads, slots.AXES, slots.AXES),
             checked=False,
         )
-        h, k, v = call(q_BSKGC, k_BSKC, v_BSKC, held.k, held.v, positions_B, wanted_B)
+        h, k, v = call(qkv_BSKHC, *angles, held.k, held.v, positions_B, wanted_B)
         return h, LayerCache(k, v)
 
 

@@ -27,8 +27,8 @@ TOKENS = np.array([5, 1, 7, 2, 40, 33, 8, 21], np.int32)
 class Case:
     """A decoder with its weights; bfloat16, or float32 with the same numbers."""
 
-    def __init__(self, family, quantization="", dtype="bfloat16", devices=1, rows=1):
-        config = tiny_model(decoder=FAMILIES[family])
+    def __init__(self, family, quantization="", dtype="bfloat16", devices=1, rows=1, **decoder):
+        config = tiny_model(decoder={**FAMILIES[family], **decoder})
         params = perturbed(StormModel(config).init(jax.random.key(0)))
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), params)
         self.config = dataclasses.replace(config, dtype=dtype)

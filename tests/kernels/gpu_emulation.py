@@ -33,6 +33,7 @@ class Launch:
     operands: dict[str, jax.ShapeDtypeStruct]
     results: dict[str, jax.ShapeDtypeStruct]
     zeroed: tuple[int, ...]  # numbers of the results that are zero at the start
+    aliases: dict[int, int]  # from numbers of operands that are written to those of results
     constants: dict[str, Any]
 
     @property
@@ -62,17 +63,27 @@ def _compiled(kernel, signature, constants, options, warps, target):
 
 
 def _launch(
-    operands, kernel, out_type, grid, num_warps, name, backend_options, zeroed_outputs, **constants
-):
+    operands, kernel, out_type, grid, num_warps, name, backend_options, zeroed_outputs,
+    input_output_aliases, **constants
+):  # fmt: skip
     """The arguments of `jax_triton.triton_call`, sorted."""
     assert name == kernel.__name__
     names = [name for name in kernel.arg_names if name not in constants]
-    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*operands, *out_type)]
-    named = dict(zip(names, arrays, strict=True))
-    results = {name: named.pop(name) for name in names[len(operands) :]}
+    given, wanted = (
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs] for xs in (operands, out_type)
+    )
+    named = dict(zip(names, given, strict=False))
+    # A result that is an operand has its name and is no parameter of its own.
+    number_of = {result: operand for operand, result in input_output_aliases.items()}
+    assert all(given[x] == wanted[y] for y, x in number_of.items()), "an alias of another type"
+    own = iter(names[len(given) :])
+    results = {
+        names[number_of[y]] if y in number_of else next(own): x for y, x in enumerate(wanted)
+    }
+    assert next(own, None) is None, "a parameter without an argument"
     return Launch(
         kernel, tuple(grid), num_warps, dict(backend_options), named, results, zeroed_outputs,
-        constants,
+        dict(input_output_aliases), constants,
     )  # fmt: skip
 
 
@@ -86,20 +97,27 @@ def triton_call(*operands, **arguments):
         code = launch.compiled()
         before = [np.asarray(x) for x in arrays]
         read = [x.copy() for x in before]
+        number_of = {result: operand for operand, result in launch.aliases.items()}
         # What a kernel leaves unwritten must not be used: NaN shows it.
-        written = [
-            np.full(x.shape, 0 if k in launch.zeroed or x.dtype == np.int32 else np.nan, x.dtype)
+        results = [
+            read[number_of[k]]
+            if k in number_of
+            else np.full(
+                x.shape, 0 if k in launch.zeroed or x.dtype == np.int32 else np.nan, x.dtype
+            )
             for k, x in enumerate(launch.results.values())
         ]
+        written = [x for k, x in enumerate(results) if k not in number_of]
         grid = (*launch.grid, 1, 1)[:3]
         # A program that waits for another spins: the other must have run before.
         together = {"batch_threads": code.num_threads} if launch.zeroed else {}
         ptx_emulator.run(
             code.ptx, grid, code.num_threads, [*read, *written], code.shared_bytes, **together
         )
-        for x, y in zip(before, read, strict=True):
-            assert x.tobytes() == y.tobytes(), f"{launch.name} wrote to an operand"
-        return tuple(written)
+        for k, (x, y) in enumerate(zip(before, read, strict=True)):
+            unchanged = k in launch.aliases or x.tobytes() == y.tobytes()
+            assert unchanged, f"{launch.name} wrote to an operand"
+        return tuple(results)
 
     return jax.pure_callback(
         run, tuple(launch.results.values()), *operands, vmap_method="sequential"

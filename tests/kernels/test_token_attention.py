@@ -1,6 +1,10 @@
-"""Attention of one token to its cache: the kernels' PTX in the emulator against float64."""
+"""Attention of one token to its cache: the kernels' PTX in the emulator against float64.
+
+Rotary angles and the write to the cache are theirs too.
+"""
 
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from ml_dtypes import bfloat16  # noqa: E402
 
 from storm_jax.inference import token_attention as dispatch  # noqa: E402
+from storm_jax.models.layers import rotary, rotate  # noqa: E402
 from storm_kernels import token_attention as package  # noqa: E402
 from storm_kernels import triton_launch  # noqa: E402
 from storm_kernels.token_attention import gpu  # noqa: E402
@@ -37,19 +42,73 @@ def cut(monkeypatch):
     return lambda *cut: monkeypatch.setattr(gpu, "_cut", lambda channels: gpu._Cut(*cut))
 
 
-def operands(K, G, C, T, valid, dtype=bfloat16):
-    """Queries, keys and values; what stands behind the valid slots must not be used."""
-    rng = np.random.default_rng(K + G + C + T + valid)
-    q = rng.standard_normal((K, G, C)).astype(dtype)
+def number(x):
+    return jnp.full(1, x, jnp.int32)
+
+
+class Token(NamedTuple):
+    """Of a row: the first arguments of the kernel."""
+
+    qkv: np.ndarray
+    cos: np.ndarray
+    sin: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    position: int
+
+    @property
+    def slot(self):
+        return self.position % len(self.k)
+
+    @property
+    def read(self):
+        """Slots of the tokens before it."""
+        is_read = np.arange(len(self.k)) < self.position
+        is_read[self.slot] = False
+        return is_read
+
+    def call(self, held=None, **given):
+        """The result and the cache, without the axis of rows."""
+        held = self.position if held is None else held
+        found = package.token_attention(
+            *self.arrays(), number(self.position), number(held), **given
+        )
+        return tuple(x[0] for x in found)
+
+    def arrays(self):
+        return tuple(jnp.asarray(x)[None] for x in self[:5])
+
+    def turned(self):
+        """Queries, key and value of the token; float32 rounded to its dtype, as `rotate` has it."""
+        qk = rotate(jnp.asarray(self.qkv[None, None, :, :-1]), *self.angles())
+        return *np.split(np.asarray(qk[0, 0]), [-1], axis=1), self.qkv[:, -1:]
+
+    def angles(self):
+        return (jnp.asarray(x[None, None, None]) for x in (self.cos, self.sin))
+
+
+def operands(K, G, C, T, position, dtype=bfloat16):
+    """What stands in slots that are empty or replaced must not be used."""
+    rng = np.random.default_rng(K + G + C + T + position)
+    qkv = rng.standard_normal((K, G + 2, C)).astype(dtype)
     k, v = (rng.standard_normal((T, K, C)).astype(dtype) for _ in "kv")
-    k[valid:], v[valid:] = np.nan, np.inf
-    return q, k, v
+    # Of one more token the key is like a query: it must weigh something.
+    qkv[:, G] = qkv[:, 0] / 2
+    cos, sin = (np.asarray(x)[0, 0] for x in rotary(jnp.full((1, 1), position), C, 1e4))
+    token = Token(qkv, cos, sin, k, v, position)
+    k[~token.read], v[~token.read] = np.nan, np.inf
+    return token
 
 
-def reference(q, k, v, valid, scale, softcap):
+def reference(token, scale, softcap, read=None):
     """The result in float64, and how far roundings may take another from it."""
-    unit = UNITS[q.dtype.name]
-    q, k, v = (x.astype(np.float64) for x in (q, k[:valid], v[:valid]))
+    unit = UNITS[token.k.dtype.name]
+    read = token.read if read is None else read
+    q, new_k, new_v = (x.astype(np.float64) for x in token.turned())
+    k, v = (
+        np.concatenate([x[read].astype(np.float64), new.swapaxes(0, 1)])
+        for x, new in ((token.k, new_k), (token.v, new_v))
+    )
     s = scale * np.einsum("KGC,TKC->KGT", q, k)
     size = 2.0**-20 * scale * np.einsum("KGC,TKC->KGT", np.abs(q), np.abs(k)) + 2.0**-18 * softcap
     if softcap:
@@ -62,50 +121,83 @@ def reference(q, k, v, valid, scale, softcap):
     return y, 1.01 * unit * (np.abs(y) + off) + off + 1e-6
 
 
-def check(q, k, v, valid, scale=None, softcap=0.0):
-    scale = scale or 2 * q.shape[-1] ** -0.5
-    want, bound = reference(q, k, v, valid, scale, softcap)
-    got = package.token_attention(
-        *map(jnp.asarray, (q, k, v)), jnp.int32(valid), scale=scale, softcap=softcap
-    )
-    assert got.dtype == q.dtype
+def check_cache(token, k, v):
+    """The new token is in its slot, bit for bit but for the last place of the turned key."""
+    _, new_k, new_v = token.turned()
+    for old, new, got in ((token.k, new_k, k), (token.v, new_v, v)):
+        want, got = old.copy(), np.asarray(got)
+        want[token.slot] = new[:, 0]
+        assert got.dtype == want.dtype
+        if new is new_k:
+            x, y = (a[token.slot].astype(np.float32) for a in (want, got))
+            # float32's products are added with one rounding less, or not.
+            assert np.mean(x != y) < 0.01
+            np.testing.assert_allclose(y, x, rtol=2.1 * UNITS[old.dtype.name], atol=1e-6)
+            want[token.slot] = got[token.slot]
+        assert got.tobytes() == want.tobytes()
+
+
+def check(token, scale=None, softcap=0.0):
+    scale = scale or 2 * token.k.shape[-1] ** -0.5
+    want, bound = reference(token, scale, softcap)
+    got, k, v = token.call(scale=scale, softcap=softcap)
+    assert got.dtype == token.k.dtype
     off = np.abs(np.asarray(got, np.float64) - want) / bound
     assert (off <= 1).all(), off.max()  # NaN is not less either
     # Nothing but the result is within the bounds.
     assert np.mean(bound) < 0.1 * np.mean(np.abs(want))
+    check_cache(token, k, v)
 
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(
-    ("K", "G", "C", "T", "valid"),
+    ("K", "G", "C", "T", "position"),
     [
         (2, 7, 128, 150, 133),  # of Qwen2 7B's, with fewer heads
         (1, 4, 256, 70, 70),  # Gemma 3 1B
-        (2, 2, 256, 64, 40),  # Gemma 3 4B
+        (2, 2, 256, 64, 1040),  # Gemma 3 4B
         (3, 8, 64, 130, 97),
         (1, 16, 64, 33, 32),
         (1, 1, 128, 17, 17),
     ],
 )
-def test_heads(K, G, C, T, valid):
-    check(*operands(K, G, C, T, valid), valid)
+def test_heads(K, G, C, T, position):
+    check(operands(K, G, C, T, position))
 
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("softcap", [0.0, 1.5, 50.0])
 @pytest.mark.parametrize("dtype", [bfloat16, np.float16])
 def test_dtypes_and_softcap(dtype, softcap):
-    check(*operands(2, 3, 64, 100, 90, dtype), 90, softcap=softcap)
+    check(operands(2, 3, 64, 100, 90, dtype), softcap=softcap)
 
 
-# Programs without slots, stretches of one slot; full tiles and not; the last of a ring of 200.
-VALID = [1, 2, 16, 17, 63, 64, 65, 128, 199, 200]
+# Programs without slots, stretches of one slot; full tiles and not; a ring of 200 that is full.
+POSITIONS = [0, 1, 2, 16, 17, 63, 64, 65, 128, 199, 200, 201, 205, 265, 399, 1000]
 
 
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("valid", VALID)
-def test_valid(valid):
-    check(*operands(1, 2, 64, 200, valid), valid)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_positions(position):
+    check(operands(1, 2, 64, 200, position))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("T", [1, 2])
+def test_short_rings(T):
+    for position in (0, 1, 7):
+        check(operands(1, 2, 64, T, position))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("position", [0, 70, 150])
+def test_a_row_that_is_not_wanted(position):
+    """No slot is read; the token is written."""
+    token = operands(2, 3, 64, 100, position)
+    got, k, v = token.call(held=0, scale=0.2)
+    check_cache(token, k, v)
+    value = token.qkv[:, -1:]
+    assert (np.asarray(got) == value).all()
 
 
 @pytest.mark.usefixtures("emulated")
@@ -115,134 +207,172 @@ def test_valid(valid):
 )
 def test_cuts(given, cut):
     cut(*given)
-    check(*operands(1, 5, 64, 310, 297), 297)
+    check(operands(1, 5, 64, 310, 297))
+    check(operands(1, 5, 64, 310, 900))
 
 
 @pytest.mark.usefixtures("emulated")
 def test_many_stretches(cut):
     """More of them than are added at a time."""
     cut(70, 32, 2, 1)
-    check(*operands(1, 2, 64, 70 * 32, 70 * 16 - 5), 70 * 16 - 5)
+    check(operands(1, 2, 64, 70 * 32, 70 * 16 - 5))
 
 
 @pytest.mark.usefixtures("emulated")
 def test_scores_that_grow(cut):
     """The largest score comes last, or first, and lies so high that others vanish."""
     cut(2, 32, 2, 4)
-    q, k, v = operands(1, 2, 64, 256, 256)
-    rising = np.argsort(k[:, 0].astype("f4") @ q[0, 0].astype("f4"))
+    token = operands(1, 2, 64, 256, 255)
+    k = token.k[:-1]
+    rising = np.argsort(k[:, 0].astype("f4") @ token.turned()[0][0, 0].astype("f4"))
     for order in (rising, rising[::-1]):
-        check(q, k[order], v, 256, scale=4.0)
+        held = np.concatenate([k[order], token.k[-1:]])
+        check(token._replace(k=held), scale=4.0)
 
 
 @pytest.mark.usefixtures("emulated")
-def test_scores_beyond_float32s_exponents():
-    q, k, v = operands(1, 2, 64, 40, 40)
-    check(q, k, v, 40, scale=200.0)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_beyond_float32s_exponents(sign):
+    token = operands(1, 2, 64, 40, 39)
+    token.qkv[:, 2] *= sign
+    check(token, scale=200.0)
 
 
 @pytest.mark.usefixtures("emulated")
-def test_a_number_that_is_not_finite_is_seen(cut):
+@pytest.mark.parametrize("where", ["query", "slot", "key", "value"])
+def test_a_number_that_is_not_finite_is_seen(where, cut):
     cut(4, 32, 2, 4)
-    q, k, v = operands(2, 2, 64, 128, 128)
-    q[0, 1] = np.nan
-    k[70, 1] = np.nan
-    got = np.asarray(
-        package.token_attention(*map(jnp.asarray, (q, k, v)), jnp.int32(128), scale=0.1),
-        np.float64,
-    )
-    assert np.isfinite(got[0, 0]).all()
-    assert np.isnan(got[0, 1]).all()
-    assert np.isnan(got[1]).all()
+    token = operands(2, 2, 64, 128, 127)
+    match where:
+        case "query":
+            token.qkv[1, 1] = np.nan
+        case "slot":
+            token.k[70, 1] = np.nan
+        case "key":
+            token.qkv[1, 2] = np.nan
+        case "value":
+            token.qkv[1, 3] = np.nan
+    got = np.asarray(token.call(scale=0.1)[0], np.float64)
+    assert np.isfinite(got[0]).all()
+    assert np.isfinite(got[1, 0]).all() == (where == "query")
+    assert np.isnan(got[1, 1]).all()
 
 
 @pytest.mark.usefixtures("emulated")
-def test_inside_jit_valid_is_known_at_run_time_alone():
-    q, k, v = (jnp.asarray(x) for x in operands(1, 2, 64, 100, 100))
-    call = jax.jit(lambda n: package.token_attention(q, k, v, n, scale=0.1))
-    for valid in (3, 100):
-        want, bound = reference(*map(np.asarray, (q, k, v)), valid, 0.1, 0.0)
-        assert (np.abs(np.asarray(call(jnp.int32(valid)), np.float64) - want) <= bound).all()
+def test_inside_jit_positions_are_known_at_run_time_alone():
+    token = operands(1, 2, 64, 100, 99)
+    call = jax.jit(lambda n: package.token_attention(*token.arrays(), n, n, scale=0.1))
+    for position in (3, 99):
+        want, bound = reference(token._replace(position=position), 0.1, 0.0)
+        got, _, _ = call(number(position))
+        assert (np.abs(np.asarray(got[0], np.float64) - want) <= bound).all()
 
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("softcap", [0.0, 50.0])
 def test_one_row_is_dispatched(softcap):
-    q, k, v = (jnp.asarray(x) for x in operands(2, 7, 64, 90, 90))
+    """In a ring that is full; two rows are served without the kernel."""
+    token = operands(2, 7, 64, 90, 200)
+    for x in (token.k, token.v):
+        x[token.slot] = 0
 
     def attend(rows):
-        args = (jnp.tile(x[None], (rows, 1, 1, 1)) for x in (q, k, v))
-        valid = jnp.full(rows, 75, jnp.int32)
-        return dispatch.token_attention(*args, valid, 0.125, softcap).astype(jnp.float32)
+        args = (jnp.repeat(x, rows, 0) for x in token.arrays())
+        numbers = jnp.full(rows, 200, jnp.int32), jnp.ones(rows, bool)
+        found = dispatch.token_attention(*args, *numbers, 0.125, softcap)
+        return [x.astype(jnp.float32) for x in found]
 
     with recorded_launches() as found:
-        want = attend(2)[:1]
+        want = attend(2)
         assert not found
         jax.eval_shape(lambda: attend(1))
         assert [x.name for x in found] == ["token_attention_parts", "token_attention_whole"]
-    np.testing.assert_allclose(attend(1), want, atol=0.01, rtol=0.02)
+    got = attend(1)
+    np.testing.assert_allclose(got[0], want[0][:1], atol=0.01, rtol=0.02)
+    for x, y in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(x, y[:1], rtol=2.0**-7, atol=1e-6)
 
 
 @pytest.mark.usefixtures("emulated")
 def test_inside_shard_map():
-    q, k, v = operands(2, 3, 64, 50, 40)
+    token = operands(2, 3, 64, 50, 60)
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("model",))
+    heads, slots = P(None, "model"), P(None, None, "model")
     call = jax.shard_map(
-        lambda q, k, v, n: package.token_attention(q, k, v, n, scale=0.25),
+        lambda *args: package.token_attention(*args, scale=0.25),
         mesh=mesh,
-        in_specs=(P("model"), P(None, "model"), P(None, "model"), P()),
-        out_specs=P("model"),
+        in_specs=(heads, P(), P(), slots, slots, P(), P()),
+        out_specs=(heads, slots, slots),
     )
-    got = jax.jit(call)(*map(jnp.asarray, (q, k, v)), jnp.int32(40))
-    want, bound = reference(q, k, v, 40, 0.25, 0.0)
+    found = jax.jit(call)(*token.arrays(), number(60), number(60))
+    got, k, v = (x[0] for x in found)
+    want, bound = reference(token, 0.25, 0.0)
     assert (np.abs(np.asarray(got, np.float64) - want) <= bound).all()
+    check_cache(token, k, v)
 
 
 @pytest.mark.usefixtures("served")
 def test_a_derivative_is_refused():
-    q, k, v = (jnp.asarray(x) for x in operands(1, 2, 64, 32, 32))
+    token = operands(1, 2, 64, 32, 3)
     with (
         recorded_launches(),
         pytest.raises(NotImplementedError, match="jax.nn.dot_product_attention"),
     ):
-        jax.grad(
-            lambda q: package.token_attention(q, k, v, jnp.int32(3), scale=1.0).astype("f4").sum()
-        )(q)
+        jax.grad(lambda qkv: token._replace(qkv=qkv).call(scale=1.0)[0].astype("f4").sum())(
+            jnp.asarray(token.qkv)
+        )
 
 
-Q, X = jnp.ones((2, 7, 64), jnp.bfloat16), jnp.ones((32, 2, 64), jnp.bfloat16)
-ONE = jnp.int32(1)
+QKV, X = jnp.ones((1, 2, 9, 64), jnp.bfloat16), jnp.ones((1, 32, 2, 64), jnp.bfloat16)
+ANGLE, ONE = jnp.ones((1, 32)), number(1)
+RIGHT = dict(
+    qkv_BKHC=QKV, cos_BA=ANGLE, sin_BA=ANGLE, k_BTKC=X, v_BTKC=X, position_B=ONE, held_B=ONE
+)
 WRONG = [
-    ((Q.astype("f4"), X.astype("f4"), X.astype("f4"), ONE), {}, "or float16, not float32"),
-    ((Q, X.astype("f2"), X.astype("f2"), ONE), {}, "dtype of the queries, not float16"),
-    ((Q[..., :32], X[..., :32], X[..., :32], ONE), {}, "64, 128, 256 channels, not 32"),
-    ((Q.repeat(3, 1), X, X, ONE), {}, "up to 16 query heads .* not 21"),
-    ((Q, X[:0], X[:0], ONE), {}, r"keys of the shape \(0, 2, 64\)"),
-    ((Q[:1], X, X, ONE), {}, "K and C must be the same"),
-    ((Q, X, X[:3], ONE), {}, "they must be alike"),
-    ((Q, X, X, jnp.ones(2, jnp.int32)), {}, r"valid is int32 \(2,\), not one int32"),
-    ((Q, X, X, jnp.float32(1)), {}, "valid is float32"),
-    ((Q, X, X, ONE), {"scale": float("nan")}, "scale is nan"),
-    ((Q, X, X, ONE), {"softcap": -1.0}, "softcap is -1.0"),
-]
+    (
+        dict(qkv_BKHC=QKV.astype("f4"), k_BTKC=X.astype("f4"), v_BTKC=X.astype("f4")),
+        "or float16, not float32",
+    ),
+    (dict(k_BTKC=X.astype("f2"), v_BTKC=X.astype("f2")), "dtype of the token, not float16"),
+    (
+        dict(
+            qkv_BKHC=QKV[..., :32], k_BTKC=X[..., :32], v_BTKC=X[..., :32],
+            cos_BA=ANGLE[:, :16], sin_BA=ANGLE[:, :16],
+        ),
+        "64, 128, 256 channels, not 32",
+    ),
+    (dict(qkv_BKHC=QKV.repeat(3, 2)), "up to 16 query heads .* not 25"),
+    (dict(qkv_BKHC=QKV[:, :, :2]), "up to 16 query heads .* not 0"),
+    ({name: x.repeat(2, 0) for name, x in RIGHT.items()}, "one row, not 2"),
+    (dict(k_BTKC=X[:, :0], v_BTKC=X[:, :0]), r"keys of the shape \(1, 0, 2, 64\)"),
+    (dict(qkv_BKHC=QKV[:, :1]), "B, K and C must be equal"),
+    (dict(qkv_BKHC=QKV[0]), "B, K and C must be equal"),
+    (dict(v_BTKC=X[:, :3]), "they must be alike"),
+    (dict(cos_BA=jnp.ones((1, 64))), r"cos_BA is float32 \(1, 64\), not float32 \(1, 32\)"),
+    (dict(sin_BA=ANGLE.astype("f2")), "sin_BA is float16"),
+    (dict(position_B=jnp.int32(1)), r"position_B is int32 \(\), not int32 \(1,\)"),
+    (dict(held_B=jnp.ones(1)), "held_B is float32"),
+    (dict(scale=float("nan")), "scale is nan"),
+    (dict(softcap=-1.0), "softcap is -1.0"),
+]  # fmt: skip
 
 
 @pytest.mark.usefixtures("served")
-@pytest.mark.parametrize(("operands", "given", "message"), WRONG)
-def test_wrong_operands(operands, given, message):
+@pytest.mark.parametrize(("given", "message"), WRONG)
+def test_wrong_operands(given, message):
     with pytest.raises(ValueError, match=message):
-        package.token_attention(*operands, **{"scale": 1.0, **given})
+        package.token_attention(**{**RIGHT, "scale": 1.0, **given})
 
 
 def test_offsets_are_of_32_bits():
-    long = jax.ShapeDtypeStruct((2**20, 16, 128), jnp.bfloat16)
-    q = jax.ShapeDtypeStruct((16, 1, 128), jnp.bfloat16)
-    assert "keys of the shape" in gpu._operands_unsupported(q, long)  # pyrefly: ignore
+    long = jax.ShapeDtypeStruct((1, 2**20, 16, 128), jnp.bfloat16)
+    qkv = jax.ShapeDtypeStruct((1, 16, 3, 128), jnp.bfloat16)
+    assert "keys of the shape" in gpu._operands_unsupported(qkv, long)  # pyrefly: ignore
 
 
 def test_it_needs_a_gpu(monkeypatch):
     with pytest.raises(ValueError, match="NVIDIA GPU"):
-        package.token_attention(Q, X, X, ONE, scale=1.0)
+        package.token_attention(**RIGHT, scale=1.0)
     monkeypatch.setattr(gpu, "platform_of", lambda x: "gpu")
     monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: name)
 
@@ -250,9 +380,9 @@ def test_it_needs_a_gpu(monkeypatch):
         compute_capability = "8.0"
 
     monkeypatch.setattr(triton_launch.jax, "local_devices", lambda backend: [Device])
-    assert package.unsupported(Q, X) is None
+    assert package.unsupported(QKV, X) is None
     Device.compute_capability = "7.5"
-    assert "8.0 and later, not 7.5" in str(package.unsupported(Q, X))
+    assert "8.0 and later, not 7.5" in str(package.unsupported(QKV, X))
 
 
 @pytest.mark.parametrize("target", [80, 90, 100])
@@ -268,12 +398,14 @@ def test_it_needs_a_gpu(monkeypatch):
 @pytest.mark.usefixtures("served")
 def test_compiled(target, K, G, C, T, softcap):
     """At sizes of models: no spills, and shared memory for two programs, or one of 8.6."""
-    q = jax.ShapeDtypeStruct((K, G, C), jnp.bfloat16)
-    x = jax.ShapeDtypeStruct((T, K, C), jnp.bfloat16)
+    qkv = jax.ShapeDtypeStruct((1, K, G + 2, C), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, T, K, C), jnp.bfloat16)
+    angle = jax.ShapeDtypeStruct((1, C // 2), jnp.float32)
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
     with recorded_launches() as found:
         jax.eval_shape(
-            lambda q, k, v, n: package.token_attention(q, k, v, n, scale=0.1, softcap=softcap),
-            q, x, x, jax.ShapeDtypeStruct((), jnp.int32),
+            lambda *args: package.token_attention(*args, scale=0.1, softcap=softcap),
+            qkv, angle, angle, x, x, one, one,
         )  # fmt: skip
     for launch in found:
         code = launch.compiled(target)

@@ -1,5 +1,9 @@
 """The kernels of `gpu.token_attention`, in Gluon: keys and values of the slots are read once.
 
+The last program of a head, whose stretch is the shortest, writes the new token to its slot and
+begins its sums with it, while its slots are on their way. No program reads that slot: nothing has
+to wait for the write, and in a ring that is full what the token replaces is left out.
+
 The slots are shared out evenly among the programs of a key-value head, which cannot be known before
 the kernel runs: stretches of whole tiles would leave some programs with half as much again. A
 program copies its first STAGES tiles to shared memory before it does anything else. Its query heads
@@ -37,37 +41,68 @@ def _copy_layout(channels, warps):
 
 
 @gluon.jit
-def _fetch(memory, slots, first, end, D: gl.constexpr):
-    """Starts to copy a tile's slots before `end`, if there are any; a commit group in any case."""
+def _fetch(memory, slots, first, end, hole, D: gl.constexpr):
+    """Starts to copy a tile's slots before `end`, if there are any; a commit group in any case.
+
+    What is masked is zero.
+    """
     if first < end:
         TILE: gl.constexpr = memory.shape[0]
         C: gl.constexpr = memory.shape[1]
         layout: gl.constexpr = _copy_layout(C, gl.num_warps())
         slot = gl.expand_dims(first + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout)), 1)
         channel = gl.expand_dims(gl.arange(0, C, layout=gl.SliceLayout(0, layout)), 0)
-        copy_to_shared(memory, slots + (slot * D + channel), mask=slot < end)
+        copy_to_shared(memory, slots + (slot * D + channel), mask=(slot < end) & (slot != hole))
     async_copy.commit_group()
 
 
 @gluon.jit
-def _scores(queries, keys, left, SCALE: gl.constexpr, SOFTCAP: gl.constexpr):
-    """Scores times log2 e; minus infinity behind the first `left` slots."""
-    WARPS: gl.constexpr = gl.num_warps()
-    TILE: gl.constexpr = keys.shape[0]
-    zero = gl.zeros([_ROWS, TILE], gl.float32, _sums_layout(WARPS))
-    s = mma_v2(queries, keys.permute((1, 0)).load(_operand_layout(1, WARPS)), zero)
+def _turned(x, half, there, cos, sin, HALF: gl.constexpr):
+    """Both halves of rows turned as `storm_jax.models.layers.rotate` does, rounded to their dtype.
+
+    Args:
+        x: pointers to the rows, or to one.
+        half: channels of a half.
+        there: mask.
+        cos, sin: float32 [C / 2].
+    """
+    cosine = gl.load(cos + half)
+    sine = gl.load(sin + half)
+    a = gl.load(x + half, mask=there, other=0.0)
+    b = gl.load(x + (half + HALF), mask=there, other=0.0)
+    dtype: gl.constexpr = a.dtype
+    a = a.to(gl.float32)
+    b = b.to(gl.float32)
+    return (a * cosine - b * sine).to(dtype), (b * cosine + a * sine).to(dtype)
+
+
+@gluon.jit
+def _capped(s, SCALE: gl.constexpr, SOFTCAP: gl.constexpr):
+    """Scores times log2 e, of products."""
     if SOFTCAP == 0.0:
         s *= SCALE * _LOG2_E
     else:
         tanh = 1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 * SCALE / SOFTCAP * _LOG2_E)))
         s = tanh * (SOFTCAP * _LOG2_E)
+    return s
+
+
+@gluon.jit
+def _scores(queries, keys, left, hole, SCALE: gl.constexpr, SOFTCAP: gl.constexpr):
+    """Scores times log2 e; minus infinity for a slot and behind the first `left` ones."""
+    WARPS: gl.constexpr = gl.num_warps()
+    TILE: gl.constexpr = keys.shape[0]
+    zero = gl.zeros([_ROWS, TILE], gl.float32, _sums_layout(WARPS))
+    s = mma_v2(queries, keys.permute((1, 0)).load(_operand_layout(1, WARPS)), zero)
+    s = _capped(s, SCALE, SOFTCAP)
     slot = gl.arange(0, TILE, layout=gl.SliceLayout(0, _sums_layout(WARPS)))
-    return gl.where(gl.expand_dims(slot, 0) < left, s, float("-inf"))
+    there = gl.expand_dims((slot < left) & (slot != hole), 0)
+    return gl.where(there, s, float("-inf"))
 
 
 @gluon.jit
 def token_attention_parts(
-    q, k, v, valid, sums, tops, totals,
+    qkv, cos, sin, position, held, k, v, sums, tops, totals,
     SCALE: gl.constexpr, SOFTCAP: gl.constexpr, T: gl.constexpr, K: gl.constexpr, G: gl.constexpr,
     C: gl.constexpr, SPLITS: gl.constexpr, STEP: gl.constexpr, TILE: gl.constexpr,
     STAGES: gl.constexpr,
@@ -75,11 +110,15 @@ def token_attention_parts(
     """Grid: key-value heads, stretches of slots.
 
     Args:
-        q: [K, G, C], bfloat16 or float16.
-        k, v: [T, K, C] in the same dtype.
-        valid: int32 [1], the first slots, which are read.
-        sums: float32 [K, G, SPLITS, C], of the values times 2^(score - top); programs that have no
-            slots do not write them.
+        qkv: [1, K, G + 2, C], bfloat16 or float16: queries, the key and the value of the new token,
+            queries and key before they are turned.
+        cos, sin: float32 [1, C / 2], of the new token's angles.
+        position: int32 [1], of the new token; its slot is position mod T.
+        held: int32 [1], earlier tokens to attend to: of the first min(held, T) slots all but that
+            of the new token are read.
+        k, v: [1, T, K, C] in the same dtype. The new token is written to its slot.
+        sums: float32 [K, G, SPLITS, C], of the values times 2^(score - top); programs that have
+            nothing to attend to do not write them.
         tops: float32 [K, G, SPLITS], the largest of the stretch's scores times log2 e.
         totals: float32 [K, G, SPLITS], the sums of 2^(score - top).
         SCALE: of the scores.
@@ -91,40 +130,65 @@ def token_attention_parts(
     """
     WARPS: gl.constexpr = gl.num_warps()
     D: gl.constexpr = K * C
-    dtype: gl.constexpr = q.dtype.element_ty
+    HALF: gl.constexpr = C // 2
+    dtype: gl.constexpr = k.dtype.element_ty
     layout: gl.constexpr = _sums_layout(WARPS)
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     queries_layout: gl.constexpr = _operand_layout(0, WARPS)
     swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     head = gl.program_id(0)
     split = gl.program_id(1)
-    count = gl.minimum(gl.load(valid), T)
+    new = gl.load(position) % T
+    count = gl.minimum(gl.load(held), T)
     stretch = ((count + SPLITS - 1) // SPLITS + STEP - 1) // STEP * STEP
     first = split * stretch
     end = gl.minimum(first + stretch, count)
+    is_last = split == SPLITS - 1
+    qkv += head * ((G + 2) * C)
     k += head * C
     v += head * C
 
     keys = gl.allocate_shared_memory(dtype, [STAGES, TILE, C], swizzled)
     values = gl.allocate_shared_memory(dtype, [STAGES, TILE, C], swizzled)
     for stage in gl.static_range(0, STAGES):
-        _fetch(keys.index(stage), k, first + stage * TILE, end, D)
-        _fetch(values.index(stage), v, first + stage * TILE, end, D)
+        _fetch(keys.index(stage), k, first + stage * TILE, end, new, D)
+        _fetch(values.index(stage), v, first + stage * TILE, end, new, D)
     row = gl.expand_dims(gl.arange(0, _ROWS, layout=gl.SliceLayout(1, queries_layout)), 1)
-    channel = gl.expand_dims(gl.arange(0, C, layout=gl.SliceLayout(0, queries_layout)), 0)
-    queries = gl.load(q + ((head * G + row) * C + channel), mask=row < G, other=0.0)
+    half = gl.expand_dims(gl.arange(0, HALF, layout=gl.SliceLayout(0, queries_layout)), 0)
+    q0, q1 = _turned(qkv + row * C, half, row < G, cos, sin, HALF)
+    # A thread has the same channels of both halves: nothing moves.
+    queries = gl.join(q0, q1).permute((0, 2, 1)).reshape((_ROWS, C))
+    queries = gl.convert_layout(queries, queries_layout, assert_trivial=True)
 
     y = gl.zeros([_ROWS, C], gl.float32, layout)
     weights = gl.zeros([_ROWS, TILE], gl.float32, layout)  # a thread's own sums
     top = gl.full([_ROWS], _LOWEST, gl.float32, rows)
+    if is_last:
+        # The key fills all columns of its operand, so that a row's products are all its score.
+        key_layout: gl.constexpr = _operand_layout(1, WARPS)
+        deep = gl.expand_dims(gl.arange(0, HALF, layout=gl.SliceLayout(1, key_layout)), 1)
+        deep += gl.zeros([HALF, TILE], gl.int32, key_layout)
+        is_first = gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, key_layout)), 0) == 0
+        k0, k1 = _turned(qkv + G * C, deep, deep < HALF, cos, sin, HALF)
+        channel = gl.arange(0, C, layout=gl.SliceLayout(0, layout))
+        value = gl.load(qkv + ((G + 1) * C + channel))
+        gl.store(k + (new * D + deep), k0, mask=is_first)
+        gl.store(k + (new * D + HALF + deep), k1, mask=is_first)
+        gl.store(v + (new * D + channel), value)
+        s = mma_v2(q0, k0, gl.zeros([_ROWS, TILE], gl.float32, layout))
+        s = mma_v2(q1, k1, s)
+        top = gl.max(_capped(s, SCALE, SOFTCAP), 1)
+        y += gl.expand_dims(value.to(gl.float32), 0)
+        slot = gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))
+        weights += gl.expand_dims(gl.where(slot == 0, 1.0, 0.0), 0)
     stage = 0
     for tile in range(first, end, TILE):
         # Of the groups since that of these keys, one for each tile's keys and one for its values.
         async_copy.wait_group(2 * STAGES - 1)
-        s = _scores(queries, keys.index(stage), end - tile, SCALE, SOFTCAP)
+        s = _scores(queries, keys.index(stage), end - tile, new - tile, SCALE, SOFTCAP)
         higher = gl.maximum(top, gl.max(s, 1))
         # Behind the barriers of the maximum these keys are used up.
-        _fetch(keys.index(stage), k, tile + STAGES * TILE, end, D)
+        _fetch(keys.index(stage), k, tile + STAGES * TILE, end, new, D)
         less = gl.expand_dims(gl.exp2(top - higher), 1)
         p = gl.exp2(s - gl.expand_dims(higher, 1))
         top = higher
@@ -132,7 +196,7 @@ def token_attention_parts(
         p = gl.convert_layout(p.to(dtype), queries_layout)
         async_copy.wait_group(2 * STAGES - 1)
         y = mma_v2(p, values.index(stage).load(_operand_layout(1, WARPS)), y * less)
-        _fetch(values.index(stage), v, tile + STAGES * TILE, end, D)
+        _fetch(values.index(stage), v, tile + STAGES * TILE, end, new, D)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
 
     row = gl.arange(0, _ROWS, layout=rows)
@@ -140,7 +204,7 @@ def token_attention_parts(
     gl.store(tops + place, top, mask=row < G)
     gl.store(totals + place, gl.sum(weights, 1), mask=row < G)
     channel = gl.expand_dims(gl.arange(0, C, layout=gl.SliceLayout(0, layout)), 0)
-    there = gl.expand_dims((row < G) & (first < end), 1)
+    there = gl.expand_dims((row < G) & ((first < end) | is_last), 1)
     gl.store(sums + (gl.expand_dims(place, 1) * C + channel), y, mask=there)
 
 
@@ -153,7 +217,7 @@ def token_attention_whole(
 
     Args:
         sums, tops, totals: of `token_attention_parts`.
-        out: [K, G, C].
+        out: [1, K, G, C].
         TILE: stretches that the threads read together.
     """
     LANES: gl.constexpr = CHANNELS // 4
