@@ -42,6 +42,7 @@ from storm_kernels.selective_scan.gluon_operands import (
     load_rows,
     load_states,
     stage,
+    stage_channels,
     steps_of_rows,
     store_rows,
     tiles_layout,
@@ -126,8 +127,8 @@ def _channels(
     ROUNDS: gl.constexpr = (BLOCK + ROWS - 1) // ROWS
     if WHOLE:
         fetch(
-            stages, u, delta, dy, z, fetched, 0, A2, saved, edges, 0, offset_t, row_t,
-            L, N, STATES, WHOLE, EVERY, HAS_Z, CHANNELS, WARPS,
+            stages, u, delta, dy, z, D, bias, fetched, 0, A2, saved, edges, 0, offset_t, row_t,
+            L, N, STATES, WHOLE, EVERY, HAS_BIAS, HAS_D, HAS_Z, CHANNELS, WARPS,
         )  # fmt: skip
     for i in range(0, ROUNDS):
         if WHOLE:
@@ -144,11 +145,20 @@ def _channels(
         dy_t = load_rows(stages[2], dy, place_t, there_t, WHOLE, K, LANES, CHANNELS, WARPS)
         if HAS_Z:
             z_t = load_rows(stages[3], z, place_t, there_t, WHOLE, K, LANES, CHANNELS, WARPS)
+        D_c = lane_f.to(gl.float32) * 0
+        bias_c = D_c
+        if HAS_D:
+            D_c = load_channels(stages[4], D, channel_f, exists_f, WHOLE, LANES, CHANNELS, WARPS)
+        if HAS_BIAS:
+            bias_c = load_channels(
+                stages[5], bias, channel_f, exists_f, WHOLE, LANES, CHANNELS, WARPS
+            )
         if WHOLE:  # the next parties', under way during these ones' turns
             following = gl.minimum(i + 1, ROUNDS - 1) * ROWS
             fetch(
-                stages, u, delta, dy, z, fetched, (i + 1) % 2, A2, saved, edges, following,
-                offset_t, row_t, L, N, STATES, WHOLE, EVERY, HAS_Z, CHANNELS, WARPS,
+                stages, u, delta, dy, z, D, bias, fetched, (i + 1) % 2, A2, saved, edges,
+                following, offset_t, row_t, L, N, STATES, WHOLE, EVERY, HAS_BIAS, HAS_D, HAS_Z,
+                CHANNELS, WARPS,
             )  # fmt: skip
         us = steps_of_rows(u_t, K, LANES, CHANNELS, WARPS)
         deltas = steps_of_rows(delta_t, K, LANES, CHANNELS, WARPS)
@@ -168,12 +178,6 @@ def _channels(
             deltas = keep(deltas, valid, K)
             given = keep(given, valid, K)
             zs = keep(zs, valid, K)
-        D_c = lane_f.to(gl.float32) * 0
-        bias_c = D_c
-        if HAS_D:
-            D_c = load_channels(D, channel_f, exists_f, WHOLE)
-        if HAS_BIAS:
-            bias_c = load_channels(bias, channel_f, exists_f, WHOLE)
         dts, xs, dys, slopes, factors = step_operands(
             us, deltas, given, zs, bias_c, valid, SOFTPLUS, HAS_BIAS, HAS_Z, MASKED, K
         )
@@ -378,6 +382,8 @@ def scan_backward(
         stage(delta, WHOLE, K, LANES, CHANNELS, WARPS),
         stage(dy, WHOLE, K, LANES, CHANNELS, WARPS),
         stage(z, WHOLE and HAS_Z, K, LANES, CHANNELS, WARPS),
+        stage_channels(D, WHOLE and HAS_D, CHANNELS, WARPS),
+        stage_channels(bias, WHOLE and HAS_BIAS, CHANNELS, WARPS),
     )
     far = gl.allocate_shared_memory(
         gl.float32, [WARPS, padded(levels(LANES)) // 4, LANES, CHANNELS, 4], plain

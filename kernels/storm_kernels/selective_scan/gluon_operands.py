@@ -105,10 +105,34 @@ def store_rows(
 
 
 @gluon.jit
-def load_channels(pointer, channel, there, WHOLE: gl.constexpr):
-    """One number a channel."""
+def stage_channels(pointer, WHOLE: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr):
+    """Shared memory for one number of each party's channels; without WHOLE anything."""
     if WHOLE:
-        x = gl.load(pointer + channel)
+        out = gl.allocate_shared_memory(
+            gl.float32, [WARPS * CHANNELS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
+    else:
+        out = pointer
+    return out
+
+
+@gluon.jit
+def _fetch_channels(stage, pointer, first_channel, CHANNELS: gl.constexpr, WARPS: gl.constexpr):
+    """Starts to copy one number of each channel."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    channel = first_channel + gl.arange(0, WARPS * CHANNELS, layout=layout)
+    copy_to_shared(stage, pointer + channel, cache_modifier=".ca")
+
+
+@gluon.jit
+def load_channels(
+    stage, pointer, channel, there, WHOLE: gl.constexpr,
+    LANES: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """One number a channel, [rows, lanes], copied before or loaded now."""
+    if WHOLE:
+        x = stage.load(gl.SliceLayout(1, row_layout(LANES, CHANNELS, WARPS)))
+        x = gl.expand_dims(x, 1) + channel * 0
     else:
         x = gl.load(pointer + channel, mask=there, other=0.0)
     return x
@@ -187,9 +211,10 @@ def _fetch_states(
 
 @gluon.jit
 def fetch(
-    stages, u, delta, dy, z, fetched, slot, A2, saved, edges, first_channel, step, row,
+    stages, u, delta, dy, z, D, bias, fetched, slot, A2, saved, edges, first_channel, step, row,
     L: gl.constexpr, N: gl.constexpr, STATES: gl.constexpr, WHOLE: gl.constexpr,
-    EVERY: gl.constexpr, HAS_Z: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr,
+    EVERY: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
+    CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Starts to copy what the parties from `first_channel` need, as one commit group."""
     place = (first_channel + row) * L + step
@@ -198,6 +223,10 @@ def fetch(
     _fetch_rows(stages[2], dy, place, WHOLE)
     if HAS_Z:
         _fetch_rows(stages[3], z, place, WHOLE)
+    if HAS_D:
+        _fetch_channels(stages[4], D, first_channel, CHANNELS, WARPS)
+    if HAS_BIAS:
+        _fetch_channels(stages[5], bias, first_channel, CHANNELS, WARPS)
     if EVERY:
         _fetch_states(fetched, slot, A2, saved, edges, first_channel, N, STATES, CHANNELS, WARPS)
     async_copy.commit_group()
