@@ -25,16 +25,16 @@ class Impatient(PatientProtocol):
 
 @pytest.fixture(scope="module")
 def served(loaded, tokenizer):
-    """With short limits, and with two slots whose engine takes 30 ms for every few tokens."""
+    """With short limits, and with two slots whose engine takes 30 ms for every eight tokens."""
     settings = dataclasses.replace(SETTINGS, receive_seconds=0.6, request_seconds=5.0)
     with running(loaded, tokenizer, settings, Impatient, slots=2) as found:
         found.server.warm_up((1, SETTINGS.max_frames))
         engine = found.server.scheduler._engine
         step = engine.step
 
-        def slowly(**how):
+        def slowly(most=None, **how):
             time.sleep(0.03)
-            return step(**how)
+            return step(most=min(most or 8, 8), **how)
 
         engine.step = slowly
         yield found
