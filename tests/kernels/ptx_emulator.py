@@ -10,7 +10,7 @@ races between warps in shared memory and between CTAs in global memory, shuffles
 absent lanes, barriers that some thread never reaches. Memory and registers start as NaN patterns.
 Numerics: see ptx_arithmetic.
 
-Not covered: TMA, mbarriers, tensor cores but for wgmma, clusters, calls, textures.
+Not covered: TMA, mbarriers, tensor cores but for what ptx_matrix has, clusters, calls, textures.
 """
 
 import dataclasses
